@@ -1,0 +1,61 @@
+"""Routers and gates: the trainable part of a routed graph."""
+
+import torch
+from torch import nn
+
+
+class DepthRouter(nn.Module):
+    """Hidden state `[B, T, H]` → `router_logits [B, T, 1]`: LayerNorm → Linear → SiLU → dropout → Linear.
+
+    The last weight starts at zero and its bias at `init_bias`: at the start every gate is `sigmoid(init_bias)`, open. The
+    norm has no weights of its own, so that a router's size is that of its two linears.
+    """
+
+    def __init__(
+        self, hidden_size: int, router_hidden_size: int, *, dropout: float, layer_norm: bool, init_bias: float
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False) if layer_norm else nn.Identity()
+        self.up = nn.Linear(hidden_size, router_hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(router_hidden_size, 1)
+        nn.init.zeros_(self.down.weight)
+        nn.init.constant_(self.down.bias, init_bias)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.dropout(nn.functional.silu(self.up(self.norm(hidden_state))))
+        logits: torch.Tensor = self.down(hidden)
+        return logits
+
+
+class SoftGate(nn.Module):
+    """`router_logits` → gate in (0, 1), what the original trains: `sigmoid(router_logits)`."""
+
+    def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(router_logits)
+
+
+class StraightThroughGate(nn.Module):
+    """`router_logits` → gate in {0, 1}: `sigmoid(router_logits) > 0.5` forward, the sigmoid's gradient backward.
+
+    What is trained is then what will be skipped at a threshold of 0.5 (Bengio et al., 2013, arXiv:1308.3432).
+    """
+
+    def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(router_logits)
+        if not gate.requires_grad:
+            return (router_logits > 0).to(gate.dtype)
+        passed: torch.Tensor = _StraightThrough.apply(gate, router_logits > 0)
+        return passed
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`hard + soft - soft.detach()` without its rounding: the gate is exactly 0 or 1."""
+
+    @staticmethod
+    def forward(ctx: object, gate: torch.Tensor, routing_mask: torch.Tensor) -> torch.Tensor:
+        return routing_mask.to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx: object, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None

@@ -1,0 +1,32 @@
+"""Rewrites from GraphModule to GraphModule, one a file.
+
+In the order in which they are applied:
+
+1. `drop_guards`: the trace without what pins its shapes, types and devices.
+2. `outline_blocks`: flat graph → prologue, one call per decoder block, epilogue.
+3. `repeat_blocks`: a few traced blocks → all blocks of the model.
+4. `insert_depth_gates`: every chosen block → router, gate, block, mix.
+5. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
+6. `lower_gates`: boolean routing mask → `torch.cond`.
+
+After each of them the graph runs in PyTorch, in the form that `outlined_form` describes from the second on.
+"""
+
+if __name__ != "modcompile.passes":
+    raise ImportError("import this package as modcompile.passes")
+
+from modcompile.passes.drop_guards import drop_guards
+from modcompile.passes.harden_gates import harden_gates
+from modcompile.passes.insert_depth_gates import insert_depth_gates
+from modcompile.passes.lower_gates import lower_gates
+from modcompile.passes.outline_blocks import outline_blocks
+from modcompile.passes.repeat_blocks import repeat_blocks
+
+__all__ = [
+    "drop_guards",
+    "harden_gates",
+    "insert_depth_gates",
+    "lower_gates",
+    "outline_blocks",
+    "repeat_blocks",
+]

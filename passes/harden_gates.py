@@ -1,0 +1,91 @@
+"""Turn soft gates into boolean decisions at a threshold.
+
+Before, in a routed block::
+
+    router_logits = router(hidden)
+    gate = gate(router_logits)
+    y, key, value = block(hidden, …)
+    hidden = gate * y + (1 - gate) * hidden
+
+After, with a threshold for each routed layer as the buffer `routing_threshold [R]` of the graph::
+
+    router_logits = router(hidden) + token_bias
+    routing_mask = router_logits > threshold_logit
+    y, key, value = block(hidden, …)
+    hidden = where(routing_mask, y, hidden)
+
+`sigmoid(router_logits) > threshold` is decided on logits: `threshold_logit` is `log(t / (1 - t))` of the threshold
+clamped to [0, 1], worked out once for all layers. So a threshold of 0 is -inf and executes every token even where the
+sigmoid would round to 0, one of 1 or more is +inf and skips every token, and no sigmoid is left in a layer.
+`token_bias` is -inf where the attention mask says padding: padding never asks for work.
+"""
+
+import operator
+
+import torch
+from torch import fx, nn
+
+from modcompile.passes.eliminate_dead_code import eliminate_dead_code
+from modcompile.passes.outlined_form import called_modules, copy_graph, results, routed_calls
+
+
+class RoutingInputs(nn.Module):
+    """What all layers' decisions share: one logit a routed layer, `[1]` each, and the token bias `[B, T, 1]`."""
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_threshold: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        threshold = routing_threshold.clamp(0, 1)
+        threshold_logits = torch.log(threshold / (1 - threshold))
+        tokens = attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :].unsqueeze(-1)
+        token_bias = torch.where(tokens != 0, 0.0, -torch.inf)
+        return token_bias, *torch.split(threshold_logits, 1)
+
+
+def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return the routed graph with boolean routing masks `[B, T, 1]` as its last outputs, in place of the gates.
+
+    The buffer `routing_threshold` starts at 0.5 for every routed layer. Blocks and routers are shared with `gm`.
+
+    Keeps equal: keys and values of every layer; the hidden state wherever a gate is exactly 0 or 1.
+    """
+    graph, outputs = copy_graph(gm)
+    calls = routed_calls(gm, graph)
+    modules: dict[str, nn.Module | torch.Tensor] = dict(called_modules(gm))
+    modules["routing_inputs"] = RoutingInputs()
+    modules["routing_threshold"] = torch.full((len(calls),), 0.5, device=next(gm.parameters()).device)
+
+    input_ids, attention_mask, *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
+        threshold = graph.get_attr("routing_threshold")
+    with graph.inserting_after(threshold):
+        shared = graph.call_module("routing_inputs", (input_ids, attention_mask, threshold))
+    with graph.inserting_after(shared):
+        token_bias = graph.call_function(operator.getitem, (shared, 0))
+    for position, call in enumerate(calls):
+        with graph.inserting_before(call):
+            threshold_logit = graph.call_function(operator.getitem, (shared, 1 + position))
+        call.args += (threshold_logit, token_bias)
+        block = gm.get_submodule(str(call.target))
+        assert isinstance(block, fx.GraphModule)
+        modules[str(call.target)] = _harden_block(block)
+    graph.output(outputs)
+    graph.lint()
+    return fx.GraphModule(modules, graph)
+
+
+def _harden_block(soft: fx.GraphModule) -> fx.GraphModule:
+    graph, (_, *cache, gate) = copy_graph(soft)
+    (block,) = graph.find_nodes(op="call_module", target="block")
+    (router,) = graph.find_nodes(op="call_module", target="router")
+    hidden, *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
+        token_bias = graph.placeholder("token_bias")
+        threshold_logit = graph.placeholder("threshold_logit")
+    router_logits = graph.call_function(operator.add, (router, token_bias))
+    routing_mask = graph.call_function(operator.gt, (router_logits, threshold_logit))
+    routing_mask.name = "routing_mask"
+    chosen = graph.call_function(torch.where, (routing_mask, results(block)[0], hidden))
+    graph.output((chosen, *cache, routing_mask))
+    eliminate_dead_code(graph)
+    return fx.GraphModule(dict(soft.named_children()), graph)

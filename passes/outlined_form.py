@@ -1,0 +1,52 @@
+"""The form of a graph between the passes, and how to read it.
+
+A graph in *outlined form* has the placeholders `input_ids`, `attention_mask`, `position_ids` and, traced with a cache, a
+past key and value for each layer. It calls `prologue`, then `blocks.0`, `blocks.1`, …, then `epilogue`, and returns the
+logits, the present keys and values, and for each routed layer its gate or routing mask.
+
+A block is called with the hidden state `[B, T, H]` first, then what all blocks share (rotary embedding, attention mask),
+then its own past key and value `[B, heads, P, D]`; it returns the new hidden state first, and the present key and value
+`[B, heads, P + T, D]` after it. A routed block, which has the children `router` and `block`, returns its gate
+`[B, T, 1]` or routing mask `[B, T, 1]` last.
+"""
+
+from typing import Any
+
+from torch import fx, nn
+
+NUM_TOKEN_INPUTS = 3
+"""input_ids, attention_mask, position_ids: what a graph takes before the cache."""
+
+
+def block_calls(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of the decoder blocks, in the order of execution."""
+    return [node for node in graph.find_nodes(op="call_module") if str(node.target).startswith("blocks.")]
+
+
+def routed_calls(gm: fx.GraphModule, graph: fx.Graph | None = None) -> list[fx.Node]:
+    """The calls of the routed blocks of `gm`, in the order of execution, as nodes of `graph` (by default its own)."""
+    calls = block_calls(graph or gm.graph)
+    return [call for call in calls if "router" in dict(gm.get_submodule(str(call.target)).named_children())]
+
+
+def routed_layers(gm: fx.GraphModule) -> list[int]:
+    """The indices of the layers that have a router, in order."""
+    return [int(str(call.target).rpartition(".")[2]) for call in routed_calls(gm)]
+
+
+def results(call: fx.Node) -> list[fx.Node]:
+    """The values that a call returns, in order (each exists once as a `getitem`)."""
+    return sorted(call.users, key=lambda user: int(str(user.args[1])))
+
+
+def called_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """The modules that the graph calls, by name."""
+    return {str(node.target): gm.get_submodule(str(node.target)) for node in gm.graph.find_nodes(op="call_module")}
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.Graph, tuple[fx.Node, ...]]:
+    """A copy of the graph that has no output yet, and the nodes that were returned."""
+    graph = fx.Graph()
+    outputs: Any = graph.graph_copy(gm.graph, {})
+    return graph, outputs
+
