@@ -9,10 +9,11 @@ Before, in a routed block::
 
 After, with a threshold for each routed layer as the buffer `routing_threshold [R]` of the graph::
 
-    router_logits = router(hidden) + token_bias
-    routing_mask = router_logits > threshold_logit
+    routing_mask = decide(hidden, token_bias, threshold_logit)
     y, key, value = block(hidden, …)
     hidden = where(routing_mask, y, hidden)
+
+    decide:  router_logits = router(hidden) + token_bias;  routing_mask = router_logits > threshold_logit
 
 `sigmoid(router_logits) > threshold` is decided on logits: `threshold_logit` is `log(t / (1 - t))` of the threshold
 clamped to [0, 1], worked out once for all layers. So a threshold of 0 is -inf and executes every token even where the
@@ -65,7 +66,7 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
     for position, call in enumerate(calls):
         with graph.inserting_before(call):
             threshold_logit = graph.call_function(operator.getitem, (shared, 1 + position))
-        call.args += (threshold_logit, token_bias)
+        call.args += (token_bias, threshold_logit)
         block = gm.get_submodule(str(call.target))
         assert isinstance(block, fx.GraphModule)
         modules[str(call.target)] = _harden_block(block)
@@ -75,17 +76,25 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _harden_block(soft: fx.GraphModule) -> fx.GraphModule:
-    graph, (_, *cache, gate) = copy_graph(soft)
+    graph, (_, *cache, _) = copy_graph(soft)
     (block,) = graph.find_nodes(op="call_module", target="block")
-    (router,) = graph.find_nodes(op="call_module", target="router")
     hidden, *_, last = graph.find_nodes(op="placeholder")
     with graph.inserting_after(last):
         token_bias = graph.placeholder("token_bias")
+    with graph.inserting_after(token_bias):
         threshold_logit = graph.placeholder("threshold_logit")
-    router_logits = graph.call_function(operator.add, (router, token_bias))
-    routing_mask = graph.call_function(operator.gt, (router_logits, threshold_logit))
-    routing_mask.name = "routing_mask"
+    decision = graph.call_module("decide", (hidden, token_bias, threshold_logit))
+    routing_mask = graph.call_function(operator.getitem, (decision, 0))
     chosen = graph.call_function(torch.where, (routing_mask, results(block)[0], hidden))
     graph.output((chosen, *cache, routing_mask))
     eliminate_dead_code(graph)
-    return fx.GraphModule(dict(soft.named_children()), graph)
+    children = {"decide": _decide(soft.get_submodule("router")), "block": soft.get_submodule("block")}
+    return fx.GraphModule(children, graph)
+
+
+def _decide(router: nn.Module) -> fx.GraphModule:
+    graph = fx.Graph()
+    hidden, token_bias, threshold_logit = map(graph.placeholder, ("hidden", "token_bias", "threshold_logit"))
+    router_logits = graph.call_function(operator.add, (graph.call_module("router", (hidden,)), token_bias))
+    graph.output((graph.call_function(operator.gt, (router_logits, threshold_logit)),))
+    return fx.GraphModule({"router": router}, graph)

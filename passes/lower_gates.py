@@ -2,13 +2,16 @@
 
 Before, in a routed block::
 
+    routing_mask = decide(hidden, token_bias, threshold_logit)
     y, key, value = block(hidden, …)
     hidden = where(routing_mask, y, hidden)
 
 After::
 
-    hidden, key, value = cond(any(routing_mask), then_branch, else_branch, [routing_mask, hidden, …])
+    routing_mask, needed = decide(hidden, token_bias, threshold_logit)
+    hidden, key, value = cond(needed, then_branch, else_branch, [routing_mask, hidden, …])
 
+    decide:       as before, and needed = any(routing_mask)
     then_branch:  y, key, value = block(hidden, …);  hidden = where(routing_mask, y, hidden)
     else_branch:  key, value = cache_update(hidden, …);  hidden = clone(hidden)
 
@@ -44,24 +47,32 @@ def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
-    graph, (chosen, *cache, routing_mask) = copy_graph(hard)
+    graph, (_, *cache, routing_mask) = copy_graph(hard)
     (call,) = graph.find_nodes(op="call_module", target="block")
-    block = hard.get_submodule("block")
-    assert isinstance(block, fx.GraphModule)
-    needed = graph.call_function(torch.any, (routing_mask,))
+    block, decide = hard.get_submodule("block"), hard.get_submodule("decide")
+    assert isinstance(block, fx.GraphModule) and isinstance(decide, fx.GraphModule)
+
+    decision = graph.call_module("decide", routing_mask.args[0].args)
+    mask, needed = [graph.call_function(operator.getitem, (decision, index)) for index in range(2)]
     then_branch, else_branch = graph.get_attr("then_branch"), graph.get_attr("else_branch")
-    operands = (routing_mask, *call.args)
+    operands = (mask, *call.args)
     values = graph.call_function(torch.ops.higher_order.cond, (needed, then_branch, else_branch, operands))
     replaced = [graph.call_function(operator.getitem, (values, index)) for index in range(1 + len(cache))]
-    graph.output((*replaced, routing_mask))
+    graph.output((*replaced, mask))
     eliminate_dead_code(graph)
-    children: dict[str, nn.Module] = {
-        "router": hard.get_submodule("router"),
+    children = {
+        "decide": _decide_once_for_all_tokens(decide),
         "then_branch": _then_branch(block, len(cache)),
         "else_branch": _else_branch(block),
     }
-    del chosen
     return fx.GraphModule(children, graph)
+
+
+def _decide_once_for_all_tokens(decide: fx.GraphModule) -> fx.GraphModule:
+    graph, outputs = copy_graph(decide)
+    (routing_mask,) = outputs
+    graph.output((routing_mask, graph.call_function(torch.any, (routing_mask,))))
+    return fx.GraphModule(dict(decide.named_children()), graph)
 
 
 def _then_branch(block: fx.GraphModule, cache_tensors: int) -> fx.GraphModule:

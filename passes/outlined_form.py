@@ -6,8 +6,8 @@ logits, the present keys and values, and for each routed layer its gate or routi
 
 A block is called with the hidden state `[B, T, H]` first, then what all blocks share (rotary embedding, attention mask),
 then its own past key and value `[B, heads, P, D]`; it returns the new hidden state first, and the present key and value
-`[B, heads, P + T, D]` after it. A routed block, which has the children `router` and `block`, returns its gate
-`[B, T, 1]` or routing mask `[B, T, 1]` last.
+`[B, heads, P + T, D]` after it. A routed block returns its gate `[B, T, 1]` or routing mask `[B, T, 1]` last; it has the
+child `router` while it is soft and the child `decide`, which holds the router, once it is hard.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ from torch import fx, nn
 
 NUM_TOKEN_INPUTS = 3
 """input_ids, attention_mask, position_ids: what a graph takes before the cache."""
+
+_ROUTED = {"router", "decide"}
 
 
 def block_calls(graph: fx.Graph) -> list[fx.Node]:
@@ -26,7 +28,7 @@ def block_calls(graph: fx.Graph) -> list[fx.Node]:
 def routed_calls(gm: fx.GraphModule, graph: fx.Graph | None = None) -> list[fx.Node]:
     """The calls of the routed blocks of `gm`, in the order of execution, as nodes of `graph` (by default its own)."""
     calls = block_calls(graph or gm.graph)
-    return [call for call in calls if "router" in dict(gm.get_submodule(str(call.target)).named_children())]
+    return [call for call in calls if _ROUTED & dict(gm.get_submodule(str(call.target)).named_children()).keys()]
 
 
 def routed_layers(gm: fx.GraphModule) -> list[int]:

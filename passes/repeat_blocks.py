@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from modcompile.errors import UnsupportedModelError
+from modcompile.passes.code_key import code_key
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, block_calls, results
 
@@ -40,8 +41,7 @@ def repeat_blocks(gm: fx.GraphModule, layers: Sequence[torch.nn.Module]) -> fx.G
     assert isinstance(template, fx.GraphModule)
     for call in calls[:-1]:
         block = gm.get_submodule(str(call.target))
-        assert isinstance(block, fx.GraphModule)
-        if signature(block) != signature(template):
+        if code_key(block) != code_key(template):
             raise UnsupportedModelError(f"{call.target} and {calls[-1].target} differ, one can't be stamped out as the other")
 
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -83,19 +83,6 @@ def repeat_blocks(gm: fx.GraphModule, layers: Sequence[torch.nn.Module]) -> fx.G
     graph.output((env[results(epilogue)[0]], *presents))
     graph.lint()
     return fx.GraphModule(modules, graph)
-
-
-def signature(block: fx.GraphModule) -> tuple[object, ...]:
-    """What a block computes, whatever its nodes are called: equal for two blocks that differ only in parameters."""
-    numbers = {node: index for index, node in enumerate(block.graph.nodes)}
-
-    def entry(node: fx.Node) -> tuple[object, ...]:
-        target = "" if node.op == "placeholder" else str(node.target)
-        args = fx.node.map_arg((node.args, node.kwargs), lambda arg: numbers[arg])
-        value = get_attribute(block, target) if node.op == "get_attr" else None
-        return node.op, target, str(args), getattr(value, "shape", None)
-
-    return tuple(entry(node) for node in block.graph.nodes)
 
 
 def _with_parameters_of(template: fx.GraphModule, layer: torch.nn.Module, name: str) -> fx.GraphModule:

@@ -1,0 +1,104 @@
+"""From a lowered graph to an ONNX model with the names that runtimes know.
+
+Inputs `input_ids [B, T]`, `attention_mask [B, P + T]`, `position_ids [B, T]`, `past_key_values.{i}.key|value
+[B, heads, P, D]`; outputs `logits [B, T, V]`, `present.{i}.key|value [B, heads, P + T, D]` and, if asked for,
+`routing.{i}` (bool `[B, T]`) for every routed layer i. `routing_threshold` (float32, one a routed layer) is an
+initializer that is also an input: a session may override it, and need not know of it.
+"""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from torch import fx
+
+from modcompile.export.compose_graph import Composer, Operand, opset_imports
+from modcompile.export.pretranspose_weights import PretransposeWeights
+from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
+
+IR_VERSION = 10
+
+_SIZES = ({"batch": 2, "sequence": 3, "past": 5}, {"batch": 3, "sequence": 5, "past": 7})
+
+
+def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
+    """The ONNX model of a graph in the form that `lower_gates` returns (or in outlined form, for a dense model).
+
+    Weights are not copied: the tensors of the result are those of `gm` until it is saved.
+    """
+    composer = Composer()
+    inputs = _inputs(gm)
+    nodes, (logits, *rest) = composer.compose(gm, inputs)
+    layers = routed_layers(gm)
+    cache, routing = rest[: len(rest) - len(layers)], rest[len(rest) - len(layers) :]
+    outputs = [_named(logits, "logits", ("batch", "sequence", None))]
+    for index, operand in enumerate(cache):
+        name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
+        outputs.append(_named(operand, name, ("batch", None, "total_sequence", None)))
+    if emit_routing:
+        axis = composer.constant("routing.axis", torch.tensor([2]))
+        for layer, operand in zip(layers, routing, strict=True):
+            nodes.append(ir.Node("", "Squeeze", [operand.value, axis], name=f"routing.{layer}"))
+            squeezed = Operand(nodes[-1].outputs[0], tuple(tensor.squeeze(2) for tensor in operand.example))
+            outputs.append(_named(squeezed, f"routing.{layer}", ("batch", "sequence")))
+
+    graph_inputs = [operand.value for operand in inputs]
+    if layers:
+        graph_inputs.append(composer.initializers["routing_threshold"])
+    graph = ir.Graph(
+        graph_inputs,
+        outputs,
+        nodes=nodes,
+        initializers=list(composer.initializers.values()),
+        opset_imports=opset_imports(),
+        name="modcompile",
+    )
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="modcompile", functions=composer.functions.values())
+    ir.passes.Sequential(
+        common_passes.InlinePass(),
+        PretransposeWeights(),
+        common_passes.DeduplicateInitializersPass(),
+        common_passes.OutputFixPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.ClearMetadataAndDocStringPass(),
+    )(model)
+    return model
+
+
+def _inputs(gm: fx.GraphModule) -> list[Operand]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    batch, tokens = "batch", ("batch", "sequence")
+    operands = []
+    for name, shape in zip(
+        ("input_ids", "attention_mask", "position_ids"), (tokens, (batch, "total_sequence"), tokens), strict=True
+    ):
+        operands.append(_operand(name, shape, torch.int64))
+    for index, node in enumerate(placeholders[NUM_TOKEN_INPUTS:]):
+        value = node.meta["val"]
+        name = f"past_key_values.{index // 2}.{('key', 'value')[index % 2]}"
+        operands.append(_operand(name, (batch, int(value.shape[1]), "past_sequence", int(value.shape[3])), value.dtype))
+    return operands
+
+
+def _operand(name: str, shape: Sequence[str | int], dtype: torch.dtype) -> Operand:
+    sizes = []
+    for size in _SIZES:
+        dims = {
+            "batch": size["batch"],
+            "sequence": size["sequence"],
+            "past_sequence": size["past"],
+            "total_sequence": size["past"] + size["sequence"],
+        }
+        sizes.append([dims[dim] if isinstance(dim, str) else dim for dim in shape])
+    example = tuple(torch.ones(size, dtype=dtype) for size in sizes)
+    data_type = ir.tensor_adapters.from_torch_dtype(dtype)
+    return Operand(ir.Value(name=name, type=ir.TensorType(data_type), shape=ir.Shape(shape)), (example[0], example[1]))
+
+
+def _named(operand: Operand, name: str, dims: Sequence[str | None]) -> ir.Value:
+    value, tensor = operand.value, operand.example[0]
+    value.name = name
+    value.type = ir.TensorType(ir.tensor_adapters.from_torch_dtype(tensor.dtype))
+    value.shape = ir.Shape([dim or size for dim, size in zip(dims, tensor.shape, strict=True)])
+    return value

@@ -1,0 +1,135 @@
+"""From a lowered GraphModule to an ONNX graph: calls → function calls, `torch.cond` → `If`.
+
+Before::
+
+    routed_0 = blocks.0(hidden, cos, sin, mask, past_key_0, past_value_0, token_bias, threshold_logit_0)
+
+        routing_mask, needed = decide(hidden, token_bias, threshold_logit)
+        hidden, key, value = cond(needed, then_branch, else_branch, [routing_mask, hidden, …])
+
+After::
+
+    routing_mask, needed = decide(hidden, token_bias, threshold_logit_0, <its parameters>)
+    hidden, key, value = If(needed, then_branch = { then(…, <parameters>) }, else_branch = { else(…, <parameters>) })
+
+Every function is a template (`modcompile.export.templates`): calls of modules with the same code call the same function.
+The graph is put together from the FX graph here, rather than by exporting `torch.cond` itself, because only so is a block
+lowered once for all layers, and because the exporter gives dimensions behind a `cond` names that nobody can evaluate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from torch import fx, nn
+
+from modcompile.export.templates import DOMAIN, OPSET, Example, Template, export_template
+from modcompile.passes.code_key import code_key
+from modcompile.passes.extract_subgraph import get_attribute
+
+_COND = torch.ops.higher_order.cond
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value of the ONNX graph, and examples of the tensor that it stands for."""
+
+    value: ir.Value
+    example: Example
+
+
+@dataclass
+class Composer:
+    """Builds ONNX nodes; collects the functions that they call and the initializers that they read."""
+
+    functions: dict[str, ir.Function] = field(default_factory=dict)
+    initializers: dict[str, ir.Value] = field(default_factory=dict)
+    _templates: dict[tuple[Any, ...], Template] = field(default_factory=dict)
+    _tensors: dict[int, ir.Value] = field(default_factory=dict)
+
+    def compose(self, gm: fx.GraphModule, inputs: Sequence[Operand], path: str = "") -> tuple[list[ir.Node], list[Operand]]:
+        """The nodes of `gm` on `inputs`, and what it returns; `path` is where `gm` stands in the whole model."""
+        nodes: list[ir.Node] = []
+        env: dict[fx.Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        for node in gm.graph.nodes:
+            if node.op == "get_attr" and isinstance(tensor := get_attribute(gm, str(node.target)), torch.Tensor):
+                env[node] = Operand(self._initializer(tensor, f"{path}{node.target}"), (tensor, tensor))
+            elif node.op == "call_module":
+                module = gm.get_submodule(str(node.target))
+                args = [env[arg] for arg in node.args]
+                added, env[node] = self._call(module, args, f"{path}{node.target}.")
+                nodes += added
+            elif node.op == "call_function" and node.target is _COND:
+                conditional, env[node] = self._if(gm, node, env, path)
+                nodes.append(conditional)
+            elif node.op == "call_function":
+                env[node] = env[node.args[0]][node.args[1]]
+        (output,) = gm.graph.find_nodes(op="output")
+        return nodes, [env[node] for node in output.args[0]]
+
+    def _call(self, module: nn.Module, args: list[Operand], path: str) -> tuple[list[ir.Node], list[Operand]]:
+        if isinstance(module, fx.GraphModule) and any(node.target is _COND for node in module.graph.nodes):
+            return self.compose(module, args, path)
+        sizes = tuple((example[0].shape, example[1].shape, example[0].dtype) for example in (arg.example for arg in args))
+        key = (code_key(module), sizes)
+        if key not in self._templates:
+            name = f"{path.rstrip('.').replace('.', '_')}"
+            self._templates[key] = export_template(module, [arg.example for arg in args], name)
+            self.functions[name] = self._templates[key].function
+        template = self._templates[key]
+        state = [self._initializer(get_attribute(module, name), f"{path}{name}") for name in template.state]
+        constants = [self._constant(value, template.function.name) for value in template.constants]
+        node = ir.Node(
+            DOMAIN,
+            template.function.name,
+            [*(arg.value for arg in args), *state, *constants],
+            outputs=_values(path, len(template.outputs)),
+            name=path.rstrip("."),
+        )
+        return [node], [Operand(*pair) for pair in zip(node.outputs, template.outputs, strict=True)]
+
+    def _if(self, gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any], path: str) -> tuple[ir.Node, list[Operand]]:
+        needed, then_branch, else_branch, operands = node.args
+        args = [env[operand] for operand in operands]  # type: ignore[union-attr]
+        attributes, results = [], []
+        for name, branch in (("then_branch", then_branch), ("else_branch", else_branch)):
+            assert isinstance(branch, fx.Node)
+            module = gm.get_submodule(str(branch.target))
+            nodes, results = self._call(module, args, f"{path}{branch.target}.")
+            graph = ir.Graph([], [result.value for result in results], nodes=nodes, name=f"{path}{name}")
+            attributes.append(ir.AttrGraph(name, graph))
+        outputs = _values(f"{path}if.", len(results))
+        conditional = ir.Node("", "If", [env[needed].value], attributes, outputs=outputs, name=f"{path}if")  # type: ignore[index]
+        return conditional, [Operand(v, r.example) for v, r in zip(conditional.outputs, results, strict=True)]
+
+    def _initializer(self, tensor: torch.Tensor, name: str) -> ir.Value:
+        if id(tensor) not in self._tensors:
+            data = tensor_adapters.TorchTensor(tensor.detach(), name=name)
+            self._tensors[id(tensor)] = self._add(name, data)
+        return self._tensors[id(tensor)]
+
+    def _constant(self, value: ir.Value, function: str) -> ir.Value:
+        name = f"{function}.{value.name}"
+        assert value.const_value is not None
+        return self.initializers.get(name) or self._add(name, value.const_value)
+
+    def constant(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """An initializer that belongs to no module."""
+        return self._initializer(tensor, name)
+
+    def _add(self, name: str, data: ir.TensorProtocol) -> ir.Value:
+        self.initializers[name] = ir.Value(name=name, type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape), const_value=data)
+        return self.initializers[name]
+
+
+def _values(path: str, count: int) -> list[ir.Value]:
+    # Names of our own: the automatic ones are unique in a graph, but not between a graph and the branches of its Ifs.
+    return [ir.Value(name=f"{path}{index}") for index in range(count)]
+
+
+def opset_imports() -> dict[str, int]:
+    """The operator sets of a composed graph, before its functions are inlined."""
+    return {"": OPSET, DOMAIN: 1}
