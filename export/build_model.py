@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from modcompile.export.compose_graph import Composer, Operand, opset_imports
+from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
 
@@ -59,6 +60,7 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
         common_passes.InlinePass(),
         PretransposeWeights(),
         common_passes.DeduplicateInitializersPass(),
+        HoistShared(),
         common_passes.OutputFixPass(),
         common_passes.RemoveUnusedNodesPass(),
         common_passes.ClearMetadataAndDocStringPass(),

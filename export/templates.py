@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
 import torch
 from torch import nn
 
+from modcompile.export.fold_any import FoldAny
+from modcompile.export.fold_shapes import FoldShapes
 from modcompile.passes.extract_subgraph import get_attribute
 
 DOMAIN = "modcompile"
@@ -61,6 +64,8 @@ def export_template(module: nn.Module, examples: Sequence[Example], name: str) -
             value.const_value = None
         graph.inputs.extend(state)
         onnxscript.optimizer.optimize(program.model)
+        # Not before: the optimizer reads the 0 of a relative shape as a size.
+        ir.passes.Sequential(FoldShapes(), FoldAny(), common_passes.RemoveUnusedNodesPass())(program.model)
     constants = tuple(_lift_constants(graph))
     function = ir.Function(DOMAIN, name, graph=graph, attributes=())
     return Template(function, tuple(str(value.name) for value in state), constants, outputs)

@@ -7,8 +7,8 @@ from torch import nn
 class DepthRouter(nn.Module):
     """Hidden state `[B, T, H]` → `router_logits [B, T, 1]`: LayerNorm → Linear → SiLU → dropout → Linear.
 
-    The last weight starts at zero and its bias at `init_bias`: at the start every gate is `sigmoid(init_bias)`, open. The
-    norm has no weights of its own, so that a router's size is that of its two linears.
+    The last weight starts at zero and its bias at `init_bias`: at the start every gate is `sigmoid(init_bias)`, open.
+    The norm has no weights of its own, so that a router's size is that of its two linears.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from modcompile.errors import UnsupportedModelError
 
@@ -71,11 +71,13 @@ def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
         try:
             model(input_ids=token, attention_mask=torch.ones_like(token), past_key_values=cache, use_cache=True)
         except (TypeError, ValueError, AttributeError) as error:
-            raise UnsupportedModelError(f"{type(model).__name__} does not run with a key/value cache: {error}") from error
-    layers = [layer for layer in cache.layers if layer.keys is not None and layer.values is not None]
-    if not layers or any(layer.keys.dim() != 4 for layer in layers):
-        raise UnsupportedModelError(f"{type(model).__name__} keeps no key/value cache; modcompile needs a causal decoder")
-    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+            raise UnsupportedModelError(f"{type(model).__name__} does not run with a cache: {error}") from error
+    tensors = from_cache(cache)
+    if not tensors or any(keys.dim() != 4 for keys, _ in tensors):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps no keys and values; modcompile needs a causal decoder"
+        )
+    return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in tensors]
 
 
 def to_cache(tensors: CacheTensors) -> DynamicCache:
@@ -88,6 +90,13 @@ def to_cache(tensors: CacheTensors) -> DynamicCache:
         layer.dtype, layer.device = keys.dtype, keys.device
         cache.layers.append(layer)
     return cache
+
+
+def from_cache(cache: Cache) -> CacheTensors:
+    """The keys and values of every layer that a transformers cache has filled."""
+    layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    pairs = [(layer.keys, layer.values) for layer in layers]
+    return [(keys, values) for keys, values in pairs if keys is not None and values is not None]
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -178,9 +187,7 @@ class _FlatCausalLM(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        if cache is None:
-            return output.logits, []
-        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+        return output.logits, [] if cache is None else from_cache(cache)
 
 
 def _check_sizes(input_ids: torch.Tensor, attention_mask: torch.Tensor, past: CacheTensors) -> None:

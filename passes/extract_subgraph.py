@@ -46,7 +46,11 @@ def find_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def extract_subgraph(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], prefix: str = ""
+    gm: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    prefix: str = "",
 ) -> fx.GraphModule:
     """A GraphModule `inputs → tuple(outputs)` of `nodes` (in topological order) that shares parameters with `gm`.
 

@@ -9,16 +9,17 @@ Before, in a routed block::
 
 After, with a threshold for each routed layer as the buffer `routing_threshold [R]` of the graph::
 
-    routing_mask = decide(hidden, token_bias, threshold_logit)
+    open, routing_mask = decide(hidden, token_mask, threshold_logit)
     y, key, value = block(hidden, …)
-    hidden = where(routing_mask, y, hidden)
+    hidden = where(open, y, hidden)
 
-    decide:  router_logits = router(hidden) + token_bias;  routing_mask = router_logits > threshold_logit
+    decide:  open = router(hidden) > threshold_logit;  routing_mask = open & token_mask
 
 `sigmoid(router_logits) > threshold` is decided on logits: `threshold_logit` is `log(t / (1 - t))` of the threshold
 clamped to [0, 1], worked out once for all layers. So a threshold of 0 is -inf and executes every token even where the
 sigmoid would round to 0, one of 1 or more is +inf and skips every token, and no sigmoid is left in a layer.
-`token_bias` is -inf where the attention mask says padding: padding never asks for work.
+`token_mask` is false where the attention mask says padding. Padding never counts as asking for work; its own hidden
+state, which no token ever attends to, still follows its gate, so that a threshold of 0 is the dense model everywhere.
 """
 
 import operator
@@ -31,7 +32,7 @@ from modcompile.passes.outlined_form import called_modules, copy_graph, results,
 
 
 class RoutingInputs(nn.Module):
-    """What all layers' decisions share: one logit a routed layer, `[1]` each, and the token bias `[B, T, 1]`."""
+    """What all layers' decisions share: the mask of tokens `[B, T, 1]`, and one logit a routed layer, `[1]` each."""
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_threshold: torch.Tensor
@@ -39,14 +40,14 @@ class RoutingInputs(nn.Module):
         threshold = routing_threshold.clamp(0, 1)
         threshold_logits = torch.log(threshold / (1 - threshold))
         tokens = attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :].unsqueeze(-1)
-        token_bias = torch.where(tokens != 0, 0.0, -torch.inf)
-        return token_bias, *torch.split(threshold_logits, 1)
+        return tokens != 0, *torch.split(threshold_logits, 1)
 
 
 def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the routed graph with boolean routing masks `[B, T, 1]` as its last outputs, in place of the gates.
 
-    The buffer `routing_threshold` starts at 0.5 for every routed layer. Blocks and routers are shared with `gm`.
+    A routing mask is true for the tokens (padding excluded) that the layer is executed for. The buffer
+    `routing_threshold` starts at 0.5 for every routed layer. Blocks and routers are shared with `gm`.
 
     Keeps equal: keys and values of every layer; the hidden state wherever a gate is exactly 0 or 1.
     """
@@ -62,11 +63,11 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
     with graph.inserting_after(threshold):
         shared = graph.call_module("routing_inputs", (input_ids, attention_mask, threshold))
     with graph.inserting_after(shared):
-        token_bias = graph.call_function(operator.getitem, (shared, 0))
+        token_mask = graph.call_function(operator.getitem, (shared, 0))
     for position, call in enumerate(calls):
         with graph.inserting_before(call):
             threshold_logit = graph.call_function(operator.getitem, (shared, 1 + position))
-        call.args += (token_bias, threshold_logit)
+        call.args += (token_mask, threshold_logit)
         block = gm.get_submodule(str(call.target))
         assert isinstance(block, fx.GraphModule)
         modules[str(call.target)] = _harden_block(block)
@@ -80,12 +81,12 @@ def _harden_block(soft: fx.GraphModule) -> fx.GraphModule:
     (block,) = graph.find_nodes(op="call_module", target="block")
     hidden, *_, last = graph.find_nodes(op="placeholder")
     with graph.inserting_after(last):
-        token_bias = graph.placeholder("token_bias")
-    with graph.inserting_after(token_bias):
+        token_mask = graph.placeholder("token_mask")
+    with graph.inserting_after(token_mask):
         threshold_logit = graph.placeholder("threshold_logit")
-    decision = graph.call_module("decide", (hidden, token_bias, threshold_logit))
-    routing_mask = graph.call_function(operator.getitem, (decision, 0))
-    chosen = graph.call_function(torch.where, (routing_mask, results(block)[0], hidden))
+    decision = graph.call_module("decide", (hidden, token_mask, threshold_logit))
+    is_open, routing_mask = [graph.call_function(operator.getitem, (decision, index)) for index in range(2)]
+    chosen = graph.call_function(torch.where, (is_open, results(block)[0], hidden))
     graph.output((chosen, *cache, routing_mask))
     eliminate_dead_code(graph)
     children = {"decide": _decide(soft.get_submodule("router")), "block": soft.get_submodule("block")}
@@ -94,7 +95,7 @@ def _harden_block(soft: fx.GraphModule) -> fx.GraphModule:
 
 def _decide(router: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
-    hidden, token_bias, threshold_logit = map(graph.placeholder, ("hidden", "token_bias", "threshold_logit"))
-    router_logits = graph.call_function(operator.add, (graph.call_module("router", (hidden,)), token_bias))
-    graph.output((graph.call_function(operator.gt, (router_logits, threshold_logit)),))
+    hidden, token_mask, threshold_logit = map(graph.placeholder, ("hidden", "token_mask", "threshold_logit"))
+    is_open = graph.call_function(operator.gt, (graph.call_module("router", (hidden,)), threshold_logit))
+    graph.output((is_open, graph.call_function(operator.and_, (is_open, token_mask))))
     return fx.GraphModule({"router": router}, graph)

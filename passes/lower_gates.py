@@ -2,17 +2,17 @@
 
 Before, in a routed block::
 
-    routing_mask = decide(hidden, token_bias, threshold_logit)
+    open, routing_mask = decide(hidden, token_mask, threshold_logit)
     y, key, value = block(hidden, …)
-    hidden = where(routing_mask, y, hidden)
+    hidden = where(open, y, hidden)
 
 After::
 
-    routing_mask, needed = decide(hidden, token_bias, threshold_logit)
-    hidden, key, value = cond(needed, then_branch, else_branch, [routing_mask, hidden, …])
+    open, routing_mask, needed = decide(hidden, token_mask, threshold_logit)
+    hidden, key, value = cond(needed, then_branch, else_branch, [open, hidden, …])
 
     decide:       as before, and needed = any(routing_mask)
-    then_branch:  y, key, value = block(hidden, …);  hidden = where(routing_mask, y, hidden)
+    then_branch:  y, key, value = block(hidden, …);  hidden = where(open, y, hidden)
     else_branch:  key, value = cache_update(hidden, …);  hidden = clone(hidden)
 
 where `cache_update` is the part of the block that its keys and values need. It is not written by hand: it is the block
@@ -32,7 +32,7 @@ from modcompile.passes.outlined_form import called_modules, copy_graph, routed_c
 def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the graph of `harden_gates` with each routed block's work under a `torch.cond`.
 
-    Keeps equal: every output. The branches share their parameters with the block.
+    Keeps equal: every output, except the logits of padding. The branches share their parameters with the block.
     """
     graph, outputs = copy_graph(gm)
     modules: dict[str, nn.Module | torch.Tensor] = dict(called_modules(gm))
@@ -47,15 +47,17 @@ def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
-    graph, (_, *cache, routing_mask) = copy_graph(hard)
+    graph, (_, *cache, _) = copy_graph(hard)
     (call,) = graph.find_nodes(op="call_module", target="block")
     block, decide = hard.get_submodule("block"), hard.get_submodule("decide")
-    assert isinstance(block, fx.GraphModule) and isinstance(decide, fx.GraphModule)
+    assert isinstance(block, fx.GraphModule)
+    assert isinstance(decide, fx.GraphModule)
 
-    decision = graph.call_module("decide", routing_mask.args[0].args)
-    mask, needed = [graph.call_function(operator.getitem, (decision, index)) for index in range(2)]
+    (decided,) = graph.find_nodes(op="call_module", target="decide")
+    decision = graph.call_module("decide", decided.args)
+    is_open, mask, needed = [graph.call_function(operator.getitem, (decision, index)) for index in range(3)]
     then_branch, else_branch = graph.get_attr("then_branch"), graph.get_attr("else_branch")
-    operands = (mask, *call.args)
+    operands = (is_open, *call.args)
     values = graph.call_function(torch.ops.higher_order.cond, (needed, then_branch, else_branch, operands))
     replaced = [graph.call_function(operator.getitem, (values, index)) for index in range(1 + len(cache))]
     graph.output((*replaced, mask))
@@ -70,18 +72,18 @@ def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
 
 def _decide_once_for_all_tokens(decide: fx.GraphModule) -> fx.GraphModule:
     graph, outputs = copy_graph(decide)
-    (routing_mask,) = outputs
-    graph.output((routing_mask, graph.call_function(torch.any, (routing_mask,))))
+    is_open, routing_mask = outputs
+    graph.output((is_open, routing_mask, graph.call_function(torch.any, (routing_mask,))))
     return fx.GraphModule(dict(decide.named_children()), graph)
 
 
 def _then_branch(block: fx.GraphModule, cache_tensors: int) -> fx.GraphModule:
     graph = fx.Graph()
-    routing_mask = graph.placeholder("routing_mask")
+    is_open = graph.placeholder("is_open")
     inputs = [graph.placeholder(node.name) for node in block.graph.find_nodes(op="placeholder")]
     values = graph.call_module("block", tuple(inputs))
     executed, *cache = [graph.call_function(operator.getitem, (values, index)) for index in range(1 + cache_tensors)]
-    graph.output((graph.call_function(torch.where, (routing_mask, executed, inputs[0])), *cache))
+    graph.output((graph.call_function(torch.where, (is_open, executed, inputs[0])), *cache))
     return fx.GraphModule({"block": block}, graph)
 
 
@@ -89,7 +91,7 @@ def _else_branch(block: fx.GraphModule) -> fx.GraphModule:
     graph, (_, *cache) = copy_graph(block)
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_before(inputs[0]):
-        graph.placeholder("routing_mask")
+        graph.placeholder("is_open")
     # A branch of a cond must not return its input itself.
     graph.output((graph.call_function(torch.clone, (inputs[0],)), *cache))
     eliminate_dead_code(graph)

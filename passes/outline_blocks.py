@@ -134,7 +134,8 @@ def _split_rest(gm: fx.GraphModule, inside: set[fx.Node]) -> tuple[list[fx.Node]
     for node in gm.graph.nodes:
         if any(arg in inside or arg in reached for arg in node.all_input_nodes):
             reached.add(node)
-    before, after = [], []
+    before: list[fx.Node] = []
+    after: list[fx.Node] = []
     for node in gm.graph.nodes:
         if node.op != "call_function" or node in inside or is_symbolic_int(node):
             continue

@@ -1,13 +1,13 @@
 """The form of a graph between the passes, and how to read it.
 
-A graph in *outlined form* has the placeholders `input_ids`, `attention_mask`, `position_ids` and, traced with a cache, a
-past key and value for each layer. It calls `prologue`, then `blocks.0`, `blocks.1`, …, then `epilogue`, and returns the
-logits, the present keys and values, and for each routed layer its gate or routing mask.
+A graph in *outlined form* has the placeholders `input_ids`, `attention_mask`, `position_ids` and, traced with a cache,
+a past key and value for each layer. It calls `prologue`, then `blocks.0`, `blocks.1`, …, then `epilogue`, and returns
+the logits, the present keys and values, and for each routed layer its gate or routing mask.
 
-A block is called with the hidden state `[B, T, H]` first, then what all blocks share (rotary embedding, attention mask),
-then its own past key and value `[B, heads, P, D]`; it returns the new hidden state first, and the present key and value
-`[B, heads, P + T, D]` after it. A routed block returns its gate `[B, T, 1]` or routing mask `[B, T, 1]` last; it has the
-child `router` while it is soft and the child `decide`, which holds the router, once it is hard.
+A block is called with the hidden state `[B, T, H]` first, then what all blocks share (rotary embedding, attention
+mask), then its own past key and value `[B, heads, P, D]`; it returns the new hidden state first, and the present key
+and value `[B, heads, P + T, D]` after it. A routed block returns its gate `[B, T, 1]` or routing mask `[B, T, 1]` last;
+it has the child `router` while it is soft and the child `decide`, which holds the router, once it is hard.
 """
 
 from typing import Any
@@ -51,4 +51,3 @@ def copy_graph(gm: fx.GraphModule) -> tuple[fx.Graph, tuple[fx.Node, ...]]:
     graph = fx.Graph()
     outputs: Any = graph.graph_copy(gm.graph, {})
     return graph, outputs
-

@@ -42,7 +42,9 @@ def repeat_blocks(gm: fx.GraphModule, layers: Sequence[torch.nn.Module]) -> fx.G
     for call in calls[:-1]:
         block = gm.get_submodule(str(call.target))
         if code_key(block) != code_key(template):
-            raise UnsupportedModelError(f"{call.target} and {calls[-1].target} differ, one can't be stamped out as the other")
+            raise UnsupportedModelError(
+                f"{call.target} and {calls[-1].target} differ; neither can be stamped out for both"
+            )
 
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     (prologue,) = gm.graph.find_nodes(op="call_module", target="prologue")
@@ -54,12 +56,11 @@ def repeat_blocks(gm: fx.GraphModule, layers: Sequence[torch.nn.Module]) -> fx.G
     env = {node: graph.node_copy(node) for node in placeholders[:NUM_TOKEN_INPUTS]}
     pasts: list[list[fx.Node]] = []
     for index in range(len(layers)):
-        traced = placeholders[NUM_TOKEN_INPUTS:][: tensors_per_layer]
+        traced = placeholders[NUM_TOKEN_INPUTS:][:tensors_per_layer]
         pasts.append([graph.placeholder(f"past_key_values_{index}_{part}") for part in range(tensors_per_layer)])
         for copy, node in zip(pasts[-1], traced, strict=True):
             copy.meta = dict(node.meta)
-    for past, node in zip((node for past in pasts for node in past), placeholders[NUM_TOKEN_INPUTS:], strict=False):
-        env[node] = past
+    env.update(zip(placeholders[NUM_TOKEN_INPUTS:], (node for past in pasts for node in past), strict=False))
 
     for node in (prologue, *results(prologue)):
         env[node] = graph.node_copy(node, env.__getitem__)
@@ -92,7 +93,8 @@ def _with_parameters_of(template: fx.GraphModule, layer: torch.nn.Module, name: 
         target = str(node.target)
         traced = get_attribute(template, target)
         # A constant of the trace, not of the layer, is the same everywhere.
-        attributes[target] = own.get(target, traced if not isinstance(traced, torch.nn.Parameter) else None)
-        if attributes[target] is None or attributes[target].shape != traced.shape:
+        tensor = own.get(target, traced if not isinstance(traced, torch.nn.Parameter) else None)
+        if tensor is None or tensor.shape != traced.shape:
             raise UnsupportedModelError(f"{name} has no parameter {target} of shape {tuple(traced.shape)}")
+        attributes[target] = tensor
     return fx.GraphModule(attributes, template.graph)

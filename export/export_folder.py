@@ -1,0 +1,118 @@
+"""Write a routed model as an ONNX folder: build, save, verify, and only then put it where it was asked for."""
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import onnx_ir as ir
+from transformers import PreTrainedTokenizerBase
+
+from modcompile.artifacts import base_files, load_with_routers, update_report
+from modcompile.checkpoint_sources import find_checkpoint
+from modcompile.checkpoints import load_tokenizer
+from modcompile.corpus import builtin_documents
+from modcompile.durable_files import write_json
+from modcompile.errors import VerificationError
+from modcompile.export.build_model import build_model
+from modcompile.export.export_config import ExportConfig
+from modcompile.export.session import MODEL_FILE
+from modcompile.export.verification import Verification
+from modcompile.export.verification_inputs import NUM_TEXTS, verification_cases
+from modcompile.export.verify_model import verify_model
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.output_folder import check_writable_target, staged_folder
+from modcompile.progress import show_elapsed
+
+VERIFICATION = "verification.json"
+
+
+def is_onnx_folder(folder: Path) -> bool:
+    """Whether the folder was made by an export, passed or failed."""
+    return (folder / VERIFICATION).is_file()
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote and proved, and the seconds that its stages took."""
+
+    output: Path
+    verification: Verification
+    seconds: dict[str, float]
+
+    def summary(self) -> str:
+        """Three lines for a person."""
+        proved = self.verification
+        stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
+        return (
+            f"wrote {self.output} ({stages})\n"
+            f"verified on {proved.compared_tokens:,} tokens: logits differ by at most {proved.max_logit_difference:.1e}, "
+            f"{proved.equal_routes:.2%} of {proved.compared_routes:,} routes are equal, every If was seen on both sides\n"
+            f"perplexity {proved.perplexity_torch:.3f} in PyTorch, {proved.perplexity_onnx:.3f} in ONNX Runtime, "
+            f"active ratio {proved.active_ratio:.3f}"
+        )
+
+
+def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
+    """Export the routed folder `source` to `output`.
+
+    `output` appears only once the artifact is verified. If it is not, `output` holds nothing but `verification.json`.
+
+    Raises:
+        ArtifactError, CheckpointError: `source` can't be read.
+        VerificationError: ONNX Runtime does not compute what PyTorch does.
+        OutputError: `output` can't be written, or is not ours to replace.
+    """
+    check_writable_target(output, overwrite=overwrite, is_ours=is_onnx_folder)
+    seconds: dict[str, float] = {}
+    with _timed("loading and tracing", seconds):
+        model = load_with_routers(source, config.hard_threshold)
+        tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
+    with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
+        with _timed("lowering to ONNX", seconds):
+            onnx_model = build_model(model.hard_graph(), emit_routing=config.emit_routing)
+        with _timed("writing the ONNX model", seconds):
+            ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+            del onnx_model
+            for file in base_files(source):
+                if not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                    shutil.copyfile(file, staging / file.name)
+        with _timed("verifying", seconds):
+            thresholds = model.hard_thresholds
+            assert thresholds is not None
+            cases = verification_cases(model, _texts(model, tokenizer), thresholds)
+            verification = verify_model(model, staging, cases)
+        if not verification.passed:
+            for file in list(staging.iterdir()):
+                file.unlink()
+        write_json(staging / VERIFICATION, verification.as_json())
+    if not verification.passed:
+        raise VerificationError(
+            f"the exported model does not compute what PyTorch does: {'; '.join(verification.failures)} "
+            f"(no model was left; details in {output / VERIFICATION})"
+        )
+    result = ExportResult(output, verification, seconds)
+    update_report(source, "export", {"output": str(output), "seconds": seconds, **verification.as_json()})
+    return result
+
+
+def _texts(model: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[Sequence[int]]:
+    """Rows of held-out English, or of random tokens for a model without a tokenizer."""
+    if tokenizer is not None:
+        tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids
+        if len(tokens) >= NUM_TEXTS and max(tokens) < model.config.vocab_size:
+            length = len(tokens) // NUM_TEXTS
+            return [tokens[start * length :][:length] for start in range(NUM_TEXTS)]
+    numbers = random.Random(0)
+    return [[numbers.randrange(model.config.vocab_size) for _ in range(64)] for _ in range(NUM_TEXTS)]
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = perf_counter()
+    with show_elapsed(stage):
+        yield
+    seconds[stage] = round(perf_counter() - start, 2)

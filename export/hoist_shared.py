@@ -1,0 +1,74 @@
+"""Compute once what the branches of all layers compute from the same values.
+
+Before, in the branches of every `If`::
+
+    If(needed_0) { …  c = Unsqueeze(cos, 1) … }
+    If(needed_1) { …  c = Unsqueeze(cos, 1) … }
+
+After::
+
+    c = Unsqueeze(cos, 1)
+    If(needed_0) { … c … }
+    If(needed_1) { … c … }
+
+In a graph without branches this is left to common-subexpression elimination; branches are scopes of their own, so that
+rotary tables and the attention mask would be prepared anew in each. Hoisted is only what depends on nothing but
+constants and values that more than one `If` reads: what belongs to one layer stays where it may be skipped.
+"""
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+
+class HoistShared(ir.passes.InPlacePass):
+    """Move nodes on shared values out of the branches of `If` nodes, before the first of them, and merge equal ones."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        conditionals = [node for node in model.graph if node.op_type == "If"]
+        shared = _read_by_many(model.graph, conditionals)
+        hoisted = []
+        for conditional in conditionals:
+            for branch in _branches(conditional):
+                for node in list(branch):
+                    if not _depends_on(node, shared) or any(value.is_graph_output() for value in node.outputs):
+                        continue
+                    branch.remove(node)
+                    hoisted.append(node)
+                    shared.update(node.outputs)
+        if not hoisted:
+            return ir.passes.PassResult(model, modified=False)
+        for node in hoisted:
+            model.graph.insert_before(conditionals[0], node)
+        common_passes.CommonSubexpressionEliminationPass()(model)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _branches(conditional: ir.Node) -> Iterable[ir.Graph]:
+    return [attribute.as_graph() for attribute in conditional.attributes.values()]
+
+
+def _read_by_many(graph: ir.Graph, conditionals: list[ir.Node]) -> set[ir.Value]:
+    """Values computed before the first `If` that more than one `If` reads."""
+    before = set()
+    for node in graph:
+        if node in conditionals:
+            break
+        before.update(node.outputs)
+    readers: dict[ir.Value, set[ir.Node]] = {}
+    for conditional in conditionals:
+        for branch in _branches(conditional):
+            for value in (value for node in branch for value in node.inputs if value in before):
+                readers.setdefault(value, set()).add(conditional)
+    return {value for value, nodes in readers.items() if len(nodes) > 1}
+
+
+def _depends_on(node: ir.Node, shared: set[ir.Value]) -> bool:
+    values = [value for value in node.inputs if value is not None]
+    constant = [value.is_initializer() and not value.is_graph_input() for value in values]
+    if node.attributes and any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+        return False
+    return any(value in shared for value in values) and all(
+        value in shared or is_constant for value, is_constant in zip(values, constant, strict=True)
+    )

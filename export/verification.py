@@ -1,0 +1,66 @@
+"""What a verification found, and whether that is within bounds."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import torch
+import transformers
+
+from modcompile.version import __version__
+
+MAX_LOGIT_DIFFERENCE = 1e-3
+MIN_EQUAL_ROUTES = 0.999
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result was obtained with."""
+    return {
+        "modcompile": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+    }
+
+
+@dataclass
+class Verification:
+    """What was compared, and how it came out; `passed` says whether all of it is within bounds."""
+
+    max_logit_difference: float = 0.0
+    equal_routes: float = 1.0
+    compared_routes: int = 0
+    compared_tokens: int = 0
+    perplexity_torch: float = math.nan
+    perplexity_onnx: float = math.nan
+    active_ratio: float = math.nan
+    never_executed: list[int] = field(default_factory=list)
+    never_skipped: list[int] = field(default_factory=list)
+    cases: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, float] = field(
+        default_factory=lambda: {"max_logit_difference": MAX_LOGIT_DIFFERENCE, "equal_routes": MIN_EQUAL_ROUTES}
+    )
+    versions: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    def as_json(self) -> dict[str, Any]:
+        """What `verification.json` holds."""
+        return {"passed": self.passed, **asdict(self)}
+
+    def judge(self) -> None:
+        """Add a failure, one line each, for everything that is out of bounds."""
+        if not self.max_logit_difference <= MAX_LOGIT_DIFFERENCE:
+            self.failures.append(f"logits differ by {self.max_logit_difference:.2g}, more than {MAX_LOGIT_DIFFERENCE:g}")
+        if not self.equal_routes >= MIN_EQUAL_ROUTES:
+            self.failures.append(f"only {self.equal_routes:.4%} of the routes are equal, less than {MIN_EQUAL_ROUTES:.1%}")
+        for name, layers in (("executed", self.never_executed), ("skipped", self.never_skipped)):
+            if layers:
+                self.failures.append(f"the If of layer {layers[0]} was never seen {name}")

@@ -1,0 +1,192 @@
+"""The routed folder: what `rewrite` writes, and everything else reads.
+
+::
+
+    config.json, generation_config.json, tokenizer files, model.safetensors   the untouched base
+    routers.safetensors       parameters of the routers, `routers.{layer}.{name}`
+    router_config.json        which layers are routed, by what, how trained; the format's version
+    report.json               what was done and measured
+    onnx/                     what `export` makes of it
+
+The routed graph itself is not stored: it is traced again in seconds, by whichever version of torch reads the folder.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from modcompile.checkpoint_sources import find_checkpoint
+from modcompile.checkpoints import load_base, save_base
+from modcompile.config import RouterConfig
+from modcompile.durable_files import write_json
+from modcompile.errors import ArtifactError, ConfigError
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.output_folder import staged_folder
+from modcompile.routed_graph import build_routed
+from modcompile.version import __version__
+
+FORMAT_VERSION = 1
+ROUTER_CONFIG = "router_config.json"
+ROUTERS = "routers.safetensors"
+REPORT = "report.json"
+
+
+def is_routed_folder(folder: Path) -> bool:
+    """Whether the folder was made by modcompile, of whichever version."""
+    return (folder / ROUTER_CONFIG).is_file()
+
+
+def base_files(folder: Path) -> list[Path]:
+    """The files of the untouched base in a routed folder: configuration, tokenizer, weights."""
+    ours = (ROUTERS, ROUTER_CONFIG, REPORT, "training_args.bin", "trainer_state.json")
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.name not in ours)
+
+
+def load_with_routers(
+    folder: str | Path,
+    hard_threshold: float | list[float] | None = 0.5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    use_cache: bool = True,
+) -> RoutedForCausalLM:
+    """Read a routed folder; hard at a threshold (one, or one for each routed layer), or soft with None.
+
+    Without `use_cache` the graph takes and returns no keys and values, which suits training.
+
+    Raises:
+        ArtifactError: the folder is missing, incomplete, damaged, or of another version.
+        CheckpointError: its base can't be read.
+        ConfigError: a threshold is negative, infinite or not a number.
+    """
+    folder = Path(folder)
+    config = read_router_config(folder)
+    base = load_base(find_checkpoint(str(folder.resolve()))).to(device=device, dtype=dtype)
+    model = build_routed(base, config, use_cache=use_cache)
+    load_routers(model, folder)
+    model.set_router_mode(hard_threshold)
+    return model
+
+
+def read_router_config(folder: Path) -> RouterConfig:
+    """The configuration of the routers in a routed folder.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or of another version.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder; make one with python -m modcompile.rewrite MODEL --output_dir {folder}")
+    path = folder / ROUTER_CONFIG
+    if not path.is_file():
+        raise ArtifactError(f"{folder} has no {ROUTER_CONFIG}: it was not made by modcompile.rewrite, or not to its end")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        version = stored["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); run modcompile.rewrite again") from error
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format {version}, this modcompile {__version__} reads format {FORMAT_VERSION}; "
+            "run modcompile.rewrite again, or use the version that wrote it"
+        )
+    try:
+        return RouterConfig(**stored["routers"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); run modcompile.rewrite again") from error
+
+
+def write_routed_folder(
+    model: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase | None, folder: Path, *, overwrite: bool = False
+) -> None:
+    """Write base, tokenizer and routers; the folder appears whole or not at all.
+
+    Raises:
+        OutputError: the folder can't be written, or holds something that is not ours to replace.
+    """
+    with staged_folder(folder, overwrite=overwrite, is_ours=is_routed_folder) as staging:
+        save_base(model.base, tokenizer, staging)
+        save_routers(model, staging)
+
+
+def copy_routed_folder(source: Path, folder: Path, *, overwrite: bool = False) -> None:
+    """Copy base, tokenizer and routers to another folder, which appears whole or not at all.
+
+    Raises:
+        OutputError: the folder can't be written, or holds something that is not ours to replace.
+    """
+    with staged_folder(folder, overwrite=overwrite, is_ours=is_routed_folder) as staging:
+        for file in (*base_files(source), source / ROUTERS, source / ROUTER_CONFIG):
+            shutil.copyfile(file, staging / file.name)
+
+
+def has_trained_routers(folder: Path) -> bool:
+    """Whether time was spent on what the folder holds: trained routers, or checkpoints of a training."""
+    return is_routed_folder(folder) and (
+        "training" in read_report(folder) or any(folder.glob("checkpoint-*"))
+    )
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `report.json` says; nothing if it is missing or damaged, since it is only told, never relied on."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def update_report(folder: Path, key: str, data: dict[str, Any]) -> None:
+    """Replace one part of `report.json`.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    write_json(folder / REPORT, {**read_report(folder), key: data})
+
+
+def router_config_json(config: RouterConfig) -> dict[str, Any]:
+    """What `router_config.json` holds."""
+    return {"format_version": FORMAT_VERSION, "modcompile_version": __version__, "routers": asdict(config)}
+
+
+def save_routers(model: RoutedForCausalLM, folder: Path) -> None:
+    """Write `routers.safetensors` and `router_config.json` into a folder that exists."""
+    save_router_weights(model, folder / ROUTERS)
+    write_json(folder / ROUTER_CONFIG, router_config_json(model.router_config))
+
+
+def save_router_weights(model: RoutedForCausalLM, path: Path) -> None:
+    """Write the parameters of the routers to a safetensors file."""
+    state = {
+        f"routers.{layer}.{name}": tensor.detach().to("cpu", copy=True).contiguous()
+        for layer, router in model.routers.items()
+        for name, tensor in router.state_dict().items()
+    }
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def load_routers(model: RoutedForCausalLM, folder: Path) -> None:
+    """Fill the model's routers from `routers.safetensors`.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or holds the routers of another model.
+    """
+    path = folder / ROUTERS
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} can't be read ({error}); run modcompile.rewrite again") from error
+    for layer, router in model.routers.items():
+        prefix = f"routers.{layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+        try:
+            router.load_state_dict(own)
+        except RuntimeError as error:
+            raise ArtifactError(f"{path} does not hold the router of layer {layer}: {error}") from error

@@ -1,0 +1,49 @@
+"""What the command lines share: how they end."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from modcompile.disk_errors import disk_full_reason
+from modcompile.errors import ModcompileError, VerificationError
+
+_BAD_INPUT = 2
+_NOT_VERIFIED = 1
+_INTERRUPTED = 130  # what shells make of SIGINT
+_BROKEN_PIPE = 141  # and of SIGPIPE
+
+
+def run(main: Callable[[], None]) -> int:
+    """Run a command and return its exit status.
+
+    An error that a user can act on, a full disk and an interrupt (Ctrl-C, or a polite kill) end in one line on stderr;
+    a reader that went away ends in none. Any other exception passes: it is a bug, and its traceback is wanted.
+    """
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()
+    except ModcompileError as error:
+        _complain(f"error: {error}")
+        return _NOT_VERIFIED if isinstance(error, VerificationError) else _BAD_INPUT
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered must go somewhere when Python flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except Exception as error:
+        reason = disk_full_reason(error)
+        if reason is None:
+            raise
+        _complain(f"error: {reason} ({error}); make room, or choose another --output_dir")
+        return _BAD_INPUT
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+    return 0
+
+
+def _complain(line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr)

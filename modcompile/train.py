@@ -1,0 +1,75 @@
+"""python -m modcompile.train: train the routers of a routed folder, or of a model that is rewritten first.
+
+loss = LM loss + router_lambda * max(active_ratio - target_active_ratio, 0); the base stays frozen.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import DatasetDict
+
+from modcompile.artifacts import copy_routed_folder, is_routed_folder, read_router_config
+from modcompile.checkpoint_config import load_config
+from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
+from modcompile.checkpoints import load_base, load_tokenizer
+from modcompile.cli import run
+from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.data import DataConfig
+from modcompile.errors import ConfigError
+from modcompile.flags import parse_flags
+from modcompile.rewriting import check_routed_target, write_rewritten
+from modcompile.training import load_training_blocks, train_routers
+from modcompile.training_arguments import RouterTrainingArguments
+
+
+@dataclass(frozen=True)
+class _Model:
+    model_name_or_path: str = field(
+        metadata={"help": "A routed folder, or a model as for modcompile.rewrite, which is rewritten first."}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, make the output folder, and train in it."""
+    model, router, budget, data, training = parse_flags(
+        "modcompile.train", __doc__, None, (_Model, RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments), argv
+    )
+    given, overwrite = Path(model.model_name_or_path), training.overwrite_output_dir
+    routed = is_routed_folder(given)
+    name = str(given.resolve()) if routed else model.model_name_or_path
+    source = find_checkpoint(name)
+    default = given if routed else Path(f"{source.name}-routed")
+    output = Path(training.output_dir) if training.has_output_dir else default
+
+    if training.resume_from_checkpoint:
+        blocks = _blocks_for(output, router, data)
+    elif routed:
+        blocks = _blocks_for(given, router, data)
+        if output.resolve() != given.resolve():
+            check_routed_target(output, overwrite=overwrite)
+            copy_routed_folder(given, output, overwrite=overwrite)
+    else:
+        check_routed_target(output, overwrite=overwrite)
+        base, tokenizer = load_base(source), load_tokenizer(source)
+        blocks = load_training_blocks(data, tokenizer, base.config)
+        write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
+    train_routers(output, blocks, budget, training)
+    print(f"wrote {output}")
+
+
+def _blocks_for(folder: Path, wanted: RouterConfig, data: DataConfig) -> DatasetDict:
+    """The data, for the model and the routers that a routed folder has."""
+    stored = read_router_config(folder)
+    if wanted not in (RouterConfig(), stored):
+        # Not a surprise after the training: flags that would have made other routers.
+        raise ConfigError(
+            f"{folder} has routers of its own ({stored}); leave the router flags out, or give the model that it was made from"
+        )
+    source = find_checkpoint(str(folder.resolve()))
+    return load_training_blocks(data, load_tokenizer(source), load_config(source, fetch_checkpoint(source)))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,45 @@
+"""The HF Trainer's arguments, with defaults that suit a few thousand parameters."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from modcompile.config import check
+
+
+@dataclass
+class RouterTrainingArguments(TrainingArguments):
+    """Every flag of the HF Trainer, and `--max_train_steps`, as the no-trainer scripts call it.
+
+    Raises:
+        ConfigError: a number is outside of its range.
+    """
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write (by default NAME-routed)."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "The initial learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Print a line of metrics every so many steps."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps to train for, whatever the number of epochs (as --max_steps)."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an output folder that modcompile did not make, or trained routers."}
+    )
+
+    def __post_init__(self) -> None:
+        check("learning_rate", self.learning_rate, at_least=0)
+        check("weight_decay", self.weight_decay, at_least=0)
+        check("num_train_epochs", self.num_train_epochs, above=0)
+        check("per_device_train_batch_size", self.per_device_train_batch_size, at_least=1)
+        check("per_device_eval_batch_size", self.per_device_eval_batch_size, at_least=1)
+        check("gradient_accumulation_steps", self.gradient_accumulation_steps, at_least=1)
+        check("warmup_steps", self.warmup_steps, at_least=0)
+        if self.max_train_steps is not None:
+            check("max_train_steps", self.max_train_steps, at_least=1)
+            self.max_steps = self.max_train_steps
+        # Reports go to report.json and stdout, unless a service is asked for by name.
+        self.report_to = "none" if self.report_to in (None, "all") else self.report_to
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self.has_output_dir = self.output_dir is not None
+        super().__post_init__()

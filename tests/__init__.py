@@ -1,0 +1,1 @@
+"""Tests of modcompile: `tests/x/test_y.py` tests `x/y.py`."""

@@ -1,0 +1,69 @@
+"""Routing without any of our graphs: hooks on the decoder layers of a transformers model.
+
+Every layer runs whole, and so appends its keys and values; what becomes of the hidden state is decided afterwards.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modcompile.tracing import find_layers
+from tests.model_inputs import ModelInputs, run_model
+
+Mix = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden state before the layer, hidden state after it) → what the next layer gets; all `[B, T, H]`."""
+
+
+def run_reference(model: PreTrainedModel, inputs: ModelInputs, mixes: Mapping[int, Mix]) -> tuple[torch.Tensor, ...]:
+    """What a routed graph returns before its gates or masks: logits, present keys and values."""
+    with _mixed(find_layers(model), mixes):
+        return run_model(model, inputs)
+
+
+def skip(before: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """No change for any token."""
+    return before
+
+
+def choose(is_open: torch.Tensor) -> Mix:
+    """The layer for the tokens where `is_open [B, T, 1]`, no change for the others."""
+    return lambda before, after: torch.where(is_open, after, before)
+
+
+def decide(
+    routers: Mapping[int, nn.Module], thresholds: Mapping[int, float]
+) -> tuple[dict[int, Mix], list[torch.Tensor]]:
+    """The layer for the tokens whose gate is above the layer's threshold, and the list that gates will be added to."""
+    gates: list[torch.Tensor] = []
+
+    def mix(layer: int) -> Mix:
+        def chosen(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            gates.append(torch.sigmoid(routers[layer](before)))
+            return torch.where(gates[-1] > thresholds[layer], after, before)
+
+        return chosen
+
+    return {layer: mix(layer) for layer in routers}, gates
+
+
+@contextmanager
+def _mixed(layers: nn.ModuleList, mixes: Mapping[int, Mix]) -> Iterator[None]:
+    def hook(mix: Mix) -> Callable[..., Any]:
+        def mixed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            before = args[0] if args else kwargs["hidden_states"]
+            if isinstance(output, tuple):
+                return (mix(before, output[0]), *output[1:])
+            return mix(before, output)
+
+        return mixed
+
+    handles = [layers[index].register_forward_hook(hook(mix), with_kwargs=True) for index, mix in mixes.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,53 @@
+"""Graphs of the tiny models, the dense ones made once a process."""
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+
+from modcompile.passes import drop_guards, harden_gates, insert_depth_gates, lower_gates, outline_blocks
+from modcompile.routers import DepthRouter, SoftGate
+from modcompile.tracing import trace_causal_lm
+from tests.tiny_models import HIDDEN_SIZE, tiny_model
+
+
+@cache
+def shared_model(architecture: str) -> PreTrainedModel:
+    """The model whose parameters all graphs of the architecture share; not to be changed."""
+    return tiny_model(architecture)
+
+
+@cache
+def traced_graph(architecture: str, *, use_cache: bool = True) -> fx.GraphModule:
+    return trace_causal_lm(shared_model(architecture), use_cache=use_cache)
+
+
+@cache
+def flat_graph(architecture: str, *, use_cache: bool = True) -> fx.GraphModule:
+    return drop_guards(traced_graph(architecture, use_cache=use_cache))
+
+
+@cache
+def outlined_graph(architecture: str, *, use_cache: bool = True) -> fx.GraphModule:
+    return outline_blocks(flat_graph(architecture, use_cache=use_cache))
+
+
+def hard_graph(architecture: str, routers: Mapping[int, nn.Module]) -> fx.GraphModule:
+    return harden_gates(insert_depth_gates(outlined_graph(architecture), routers, SoftGate()))
+
+
+def lowered_graph(architecture: str, routers: Mapping[int, nn.Module]) -> fx.GraphModule:
+    return lower_gates(hard_graph(architecture, routers))
+
+
+def random_routers(layers: Iterable[int], seed: int = 0) -> dict[int, nn.Module]:
+    """Routers whose decisions at a threshold of 0.5 differ from token to token."""
+    torch.manual_seed(seed)
+    routers: dict[int, nn.Module] = {}
+    for layer in layers:
+        router = DepthRouter(HIDDEN_SIZE, 8, dropout=0.0, layer_norm=True, init_bias=0.0)
+        nn.init.normal_(router.down.weight, std=2.0)
+        routers[layer] = router.eval()
+    return routers

@@ -1,0 +1,46 @@
+"""A routed LLaMA that goes with the tokenizer of `tiny_tokenizer`: layers 0 and 2 of 3 have routers, which decide."""
+
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+
+from modcompile.config import GateKind, RouterConfig
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.routed_graph import build_routed
+from tests.tiny_models import HIDDEN_SIZE, INITIALIZER_RANGE
+
+ROUTED_LAYERS = (0, 2)
+MAX_POSITIONS = 128
+
+
+def tiny_base() -> PreTrainedModel:
+    """The model without routers; every call makes the same weights."""
+    set_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_routed(gate: GateKind = "straight_through", *, use_cache: bool = True) -> RoutedForCausalLM:
+    """The routed model, soft; its routers execute some tokens at a threshold of 0.5 and skip others."""
+    config = RouterConfig(router_hidden_size=8, router_pattern="every_other", gate=gate)
+    set_seed(0)
+    model = build_routed(tiny_base(), config, use_cache=use_cache)
+    assert model.routed_layers == ROUTED_LAYERS
+    set_seed(1)
+    for router in model.routers.values():
+        down = router.get_submodule("down")
+        assert isinstance(down, nn.Linear)
+        nn.init.normal_(down.weight, std=2.0)
+        nn.init.zeros_(down.bias)
+    return model
