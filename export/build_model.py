@@ -16,6 +16,7 @@ from torch import fx
 from modcompile.export.compose_graph import Composer, Operand, opset_imports
 from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
+from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
 
 IR_VERSION = 10
@@ -41,7 +42,8 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
         axis = composer.constant("routing.axis", torch.tensor([2]))
         for layer, operand in zip(layers, routing, strict=True):
             nodes.append(ir.Node("", "Squeeze", [operand.value, axis], name=f"routing.{layer}"))
-            squeezed = Operand(nodes[-1].outputs[0], tuple(tensor.squeeze(2) for tensor in operand.example))
+            first, second = (tensor.squeeze(2) for tensor in operand.example)
+            squeezed = Operand(nodes[-1].outputs[0], (first, second))
             outputs.append(_named(squeezed, f"routing.{layer}", ("batch", "sequence")))
 
     graph_inputs = [operand.value for operand in inputs]
@@ -55,16 +57,19 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
         opset_imports=opset_imports(),
         name="modcompile",
     )
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="modcompile", functions=composer.functions.values())
-    ir.passes.Sequential(
-        common_passes.InlinePass(),
-        PretransposeWeights(),
-        common_passes.DeduplicateInitializersPass(),
-        HoistShared(),
-        common_passes.OutputFixPass(),
-        common_passes.RemoveUnusedNodesPass(),
-        common_passes.ClearMetadataAndDocStringPass(),
-    )(model)
+    functions = list(composer.functions.values())
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="modcompile", functions=functions)
+    with quiet_exporter():
+        ir.passes.Sequential(
+            common_passes.InlinePass(),
+            PretransposeWeights(),
+            common_passes.DeduplicateInitializersPass(),
+            HoistShared(),
+            common_passes.OutputFixPass(),
+            common_passes.RemoveUnusedNodesPass(),
+            common_passes.RemoveUnusedOpsetsPass(),
+            common_passes.ClearMetadataAndDocStringPass(),
+        )(model)
     return model
 
 

@@ -12,9 +12,10 @@ After::
     open, routing_mask, needed = decide(hidden, token_mask, threshold_logit_0, <its parameters>)
     hidden, key, value = If(needed, then_branch = { then(…, <parameters>) }, else_branch = { else(…, <parameters>) })
 
-Every function is a template (`modcompile.export.templates`): calls of modules with the same code call the same function.
-The graph is put together from the FX graph here, rather than by exporting `torch.cond` itself, because only so is a block
-lowered once for all layers, and because the exporter gives dimensions behind a `cond` names that nobody can evaluate.
+Every function is a template (`modcompile.export.templates`): calls of modules with the same code call the same
+function. The graph is put together from the FX graph here, rather than by exporting `torch.cond` itself, because only
+so is a block lowered once for all layers, and because the exporter gives dimensions behind a `cond` names that nobody
+can evaluate.
 """
 
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ class Composer:
     _templates: dict[tuple[Any, ...], Template] = field(default_factory=dict)
     _tensors: dict[int, ir.Value] = field(default_factory=dict)
 
-    def compose(self, gm: fx.GraphModule, inputs: Sequence[Operand], path: str = "") -> tuple[list[ir.Node], list[Operand]]:
+    def compose(
+        self, gm: fx.GraphModule, inputs: Sequence[Operand], path: str = ""
+    ) -> tuple[list[ir.Node], list[Operand]]:
         """The nodes of `gm` on `inputs`, and what it returns; `path` is where `gm` stands in the whole model."""
         nodes: list[ir.Node] = []
         env: dict[fx.Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
@@ -73,10 +76,10 @@ class Composer:
     def _call(self, module: nn.Module, args: list[Operand], path: str) -> tuple[list[ir.Node], list[Operand]]:
         if isinstance(module, fx.GraphModule) and any(node.target is _COND for node in module.graph.nodes):
             return self.compose(module, args, path)
-        sizes = tuple((example[0].shape, example[1].shape, example[0].dtype) for example in (arg.example for arg in args))
+        sizes = tuple((first.shape, second.shape, first.dtype) for first, second in (arg.example for arg in args))
         key = (code_key(module), sizes)
         if key not in self._templates:
-            name = f"{path.rstrip('.').replace('.', '_')}"
+            name = path.rstrip(".").replace(".", "_")
             self._templates[key] = export_template(module, [arg.example for arg in args], name)
             self.functions[name] = self._templates[key].function
         template = self._templates[key]
@@ -91,18 +94,21 @@ class Composer:
         )
         return [node], [Operand(*pair) for pair in zip(node.outputs, template.outputs, strict=True)]
 
-    def _if(self, gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any], path: str) -> tuple[ir.Node, list[Operand]]:
-        needed, then_branch, else_branch, operands = node.args
-        args = [env[operand] for operand in operands]  # type: ignore[union-attr]
-        attributes, results = [], []
+    def _if(
+        self, gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any], path: str
+    ) -> tuple[ir.Node, list[Operand]]:
+        call: Any = node.args
+        needed, then_branch, else_branch, operands = call
+        args = [env[operand] for operand in operands]
+        attributes: list[ir.Attr] = []
+        results: list[Operand] = []
         for name, branch in (("then_branch", then_branch), ("else_branch", else_branch)):
-            assert isinstance(branch, fx.Node)
             module = gm.get_submodule(str(branch.target))
             nodes, results = self._call(module, args, f"{path}{branch.target}.")
             graph = ir.Graph([], [result.value for result in results], nodes=nodes, name=f"{path}{name}")
             attributes.append(ir.AttrGraph(name, graph))
         outputs = _values(f"{path}if.", len(results))
-        conditional = ir.Node("", "If", [env[needed].value], attributes, outputs=outputs, name=f"{path}if")  # type: ignore[index]
+        conditional = ir.Node("", "If", [env[needed].value], attributes, outputs=outputs, name=f"{path}if")
         return conditional, [Operand(v, r.example) for v, r in zip(conditional.outputs, results, strict=True)]
 
     def _initializer(self, tensor: torch.Tensor, name: str) -> ir.Value:
@@ -118,11 +124,13 @@ class Composer:
 
     def constant(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """An initializer that belongs to no module."""
-        return self._initializer(tensor, name)
+        return self._add(name, tensor_adapters.TorchTensor(tensor, name=name))
 
     def _add(self, name: str, data: ir.TensorProtocol) -> ir.Value:
-        self.initializers[name] = ir.Value(name=name, type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape), const_value=data)
-        return self.initializers[name]
+        shape = ir.Shape(data.shape.numpy())
+        value = ir.Value(name=name, type=ir.TensorType(data.dtype), shape=shape, const_value=data)
+        self.initializers[name] = value
+        return value
 
 
 def _values(path: str, count: int) -> list[ir.Value]:

@@ -16,7 +16,7 @@ from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
 from modcompile.durable_files import write_json
-from modcompile.errors import VerificationError
+from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.session import MODEL_FILE
@@ -49,8 +49,9 @@ class ExportResult:
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
         return (
             f"wrote {self.output} ({stages})\n"
-            f"verified on {proved.compared_tokens:,} tokens: logits differ by at most {proved.max_logit_difference:.1e}, "
-            f"{proved.equal_routes:.2%} of {proved.compared_routes:,} routes are equal, every If was seen on both sides\n"
+            f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
+            f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
+            "equal, every If was seen on both sides\n"
             f"perplexity {proved.perplexity_torch:.3f} in PyTorch, {proved.perplexity_onnx:.3f} in ONNX Runtime, "
             f"active ratio {proved.active_ratio:.3f}"
         )
@@ -64,9 +65,11 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
         VerificationError: ONNX Runtime does not compute what PyTorch does.
-        OutputError: `output` can't be written, or is not ours to replace.
+        OutputError: `output` can't be written, is not ours to replace, or is or holds `source`.
     """
-    check_writable_target(output, overwrite=overwrite, is_ours=is_onnx_folder)
+    target, origin = check_writable_target(output, overwrite=overwrite, is_ours=is_onnx_folder), source.resolve()
+    if target == origin or target in origin.parents:
+        raise OutputError(f"{target} is or holds the routed folder itself; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
         model = load_with_routers(source, config.hard_threshold)

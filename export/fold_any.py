@@ -29,12 +29,14 @@ class FoldAny(ir.passes.InPlacePass):
                 continue
             assert before is not None
             source = before.inputs[0]
-            if source is None or source.dtype != ir.DataType.BOOL:
+            if source is None or source.dtype != ir.DataType.BOOL or reduced.is_graph_output():
                 continue
+            (result,) = users[0].outputs
             node.replace_input_with(0, source)
-            reduced.dtype = ir.DataType.BOOL
-            users[0].outputs[0].replace_all_uses_with(reduced, replace_graph_outputs=True)
+            result.replace_all_uses_with(reduced, replace_graph_outputs=True)
             model.graph.remove(users[0], safe=True)
+            # All that is known of the result, and its name: it may be an output of the graph.
+            reduced.name, reduced.shape, reduced.dtype = result.name, result.shape, ir.DataType.BOOL
             modified = True
         return ir.passes.PassResult(model, modified)
 

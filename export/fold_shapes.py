@@ -9,8 +9,8 @@ After::
 
     y = Reshape(x, [0, 0, 9, 64])
 
-and likewise for `Expand`, where a 1 leaves a dimension as it is. In a decoder these nodes cost more than the reshape, in
-every layer: inside the branches of an `If`, no two layers can share them.
+and likewise for `Expand`, where a 1 leaves a dimension as it is. In a decoder these nodes cost more than the reshape,
+in every layer: inside the branches of an `If`, no two layers can share them.
 """
 
 import numpy as np

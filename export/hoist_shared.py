@@ -41,6 +41,8 @@ class HoistShared(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         for node in hoisted:
             model.graph.insert_before(conditionals[0], node)
+        # Branches are scopes of their own: two may have used one name.
+        common_passes.NameFixPass()(model)
         common_passes.CommonSubexpressionEliminationPass()(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -51,7 +53,7 @@ def _branches(conditional: ir.Node) -> Iterable[ir.Graph]:
 
 def _read_by_many(graph: ir.Graph, conditionals: list[ir.Node]) -> set[ir.Value]:
     """Values computed before the first `If` that more than one `If` reads."""
-    before = set()
+    before: set[ir.Value] = set()
     for node in graph:
         if node in conditionals:
             break
@@ -59,8 +61,9 @@ def _read_by_many(graph: ir.Graph, conditionals: list[ir.Node]) -> set[ir.Value]
     readers: dict[ir.Value, set[ir.Node]] = {}
     for conditional in conditionals:
         for branch in _branches(conditional):
-            for value in (value for node in branch for value in node.inputs if value in before):
-                readers.setdefault(value, set()).add(conditional)
+            for value in (value for node in branch for value in node.inputs):
+                if value is not None and value in before:
+                    readers.setdefault(value, set()).add(conditional)
     return {value for value, nodes in readers.items() if len(nodes) > 1}
 
 

@@ -2,35 +2,43 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
-from modcompile.errors import ArtifactError
+from modcompile.config import check_threshold
+from modcompile.errors import ArtifactError, ConfigError
 
 MODEL_FILE = "model.onnx"
 THRESHOLD_INPUT = "routing_threshold"
 
-_PAST, _PRESENT = "past_key_values.", "present."
+_PAST, _PRESENT, _ROUTING = "past_key_values.", "present.", "routing."
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
+Array = NDArray[Any]
 Cache = list[ort.OrtValue]
+"""Keys and values `[B, heads, P, D]` of every layer by turns, where the session computes: on a GPU they stay there."""
 
 
 class RoutedSession:
-    """An ONNX Runtime session on a `model.onnx` of ours, and the shapes of its cache.
+    """An ONNX Runtime session on a `model.onnx` of ours.
 
-    `thresholds` (one for each routed layer) override those of the artifact; None leaves them as they are. Without
-    `providers`, CUDA is used where this onnxruntime has it, else the CPU.
+    `routed_layers` are those whose routing masks the artifact tells, none if it was exported without --emit_routing;
+    `num_thresholds` is the number of its routed layers. Without `providers`, CUDA is used where this onnxruntime has
+    it, else the CPU.
 
     Raises:
-        ArtifactError: the file is missing, or ONNX Runtime can't load it.
+        ArtifactError: the file is missing, ONNX Runtime can't load it, or it is not one of ours.
+        ConfigError: see `thresholds`.
     """
 
     def __init__(
         self,
         model_file: Path,
         *,
-        thresholds: Sequence[float] | None = None,
+        thresholds: float | Sequence[float] | None = None,
         num_threads: int | None = None,
         providers: Sequence[str] | None = None,
     ) -> None:
@@ -46,36 +54,73 @@ class RoutedSession:
             raise ArtifactError(f"ONNX Runtime can't load {model_file}: {error}") from error
         inputs = {value.name: value for value in self._session.get_inputs()}
         optional = {value.name: value for value in self._session.get_overridable_initializers()}
-        self._cache_shapes = {name: value.shape for name, value in inputs.items() if name.startswith(_PAST)}
-        names = [value.name for value in self._session.get_outputs()]
-        self._present = [name.replace(_PAST, _PRESENT) for name in self._cache_shapes]
-        self._routing = [name for name in names if name.startswith("routing.")]
-        self.routed_layers = tuple(int(name.partition(".")[2]) for name in self._routing)
-        self.num_thresholds = int((inputs | optional)[THRESHOLD_INPUT].shape[0]) if THRESHOLD_INPUT in inputs | optional else 0
+        outputs = [value.name for value in self._session.get_outputs()]
+        self._pasts = {name: value.shape for name, value in inputs.items() if name.startswith(_PAST)}
+        self._presents = [name.replace(_PAST, _PRESENT) for name in self._pasts]
+        for name in {*_TOKEN_INPUTS, "logits", *self._presents} - {*inputs, *outputs}:
+            raise ArtifactError(f"{model_file} has no {name}: it was not made by python -m modcompile.export")
+        self._routing = [name for name in outputs if name.startswith(_ROUTING)]
+        self._device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+        self.routed_layers = tuple(int(name.removeprefix(_ROUTING)) for name in self._routing)
+        self.num_thresholds = int(optional[THRESHOLD_INPUT].shape[0]) if THRESHOLD_INPUT in optional else 0
         self.thresholds = thresholds
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """What overrides the thresholds of the artifact, one a routed layer; None leaves them as they are.
+
+        One number may be assigned for all layers.
+
+        Raises:
+            ConfigError: a threshold is negative, infinite or not a number, or there are not as many as routed layers.
+        """
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: float | Sequence[float] | None) -> None:
+        if values is None:
+            self._thresholds = None
+            return
+        given = list(values) if isinstance(values, Sequence) else [values] * self.num_thresholds
+        if len(given) != self.num_thresholds:
+            raise ConfigError(f"{len(given)} thresholds for {self.num_thresholds} routed layers; give one, or one each")
+        self._thresholds = tuple(map(check_threshold, given))
 
     def empty_cache(self, batch: int) -> Cache:
         """The keys and values of no token, for `batch` rows."""
-        shapes = [(batch, shape[1], 0, shape[3]) for shape in self._cache_shapes.values()]
-        return [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes]
+        return [
+            ort.OrtValue.ortvalue_from_shape_and_type((batch, shape[1], 0, shape[3]), np.float32, self._device)
+            for shape in self._pasts.values()
+        ]
 
     def run(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, cache: Cache
-    ) -> tuple[np.ndarray, Cache, list[np.ndarray]]:
+        self, input_ids: Array, attention_mask: Array, position_ids: Array, cache: Cache
+    ) -> tuple[Array, Cache, list[Array]]:
         """Logits `[B, T, V]`, the longer cache, and the routing masks `[B, T]` if the artifact tells them.
 
         `input_ids` and `position_ids` are `[B, T]`, `attention_mask` is `[B, P + T]` for a cache of P tokens.
         """
-        feeds = dict(zip(self._cache_shapes, cache, strict=True))
-        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        for name, array in arrays.items():
-            feeds[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64))
-        if self.thresholds is not None and self.num_thresholds:
-            feeds[THRESHOLD_INPUT] = ort.OrtValue.ortvalue_from_numpy(np.asarray(self.thresholds, np.float32))
-        names = ["logits", *self._present, *self._routing]
-        logits, *rest = self._session.run_with_ort_values(names, feeds)
-        present, routing = rest[: len(self._present)], rest[len(self._present) :]
+        arrays = zip(_TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True)
+        feeds = {name: _to_ort(array, np.int64) for name, array in arrays}
+        feeds |= zip(self._pasts, cache, strict=True)
+        if self._thresholds:
+            feeds[THRESHOLD_INPUT] = _to_ort(self._thresholds, np.float32)
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        # Bound, since a plain run would bring the cache of a GPU to the CPU and back in every step.
+        for name in self._presents:
+            binding.bind_output(name, self._device)
+        for name in ("logits", *self._routing):
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        present, (logits, *routing) = values[: len(self._presents)], values[len(self._presents) :]
         return logits.numpy(), present, [mask.numpy() for mask in routing]
+
+
+def _to_ort(values: Any, dtype: type[np.generic]) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values, dtype))
 
 
 def _providers() -> list[str]:

@@ -8,10 +8,7 @@ parameters are inputs, and called as often as it occurs:
 Export time then hardly grows with the depth of the model.
 """
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import nn
 
 from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
+from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes.extract_subgraph import get_attribute
 
 DOMAIN = "modcompile"
@@ -53,7 +51,7 @@ def export_template(module: nn.Module, examples: Sequence[Example], name: str) -
         shapes = tuple(_dynamic_shape(*example) for example in examples)
         # Each input an object of its own: export merges the inputs that are one object.
         ep = torch.export.export(module, tuple(tensor.clone() for tensor in first), dynamic_shapes=shapes, strict=False)
-    with _quiet():
+    with quiet_exporter():
         program = torch.onnx.export(ep, dynamo=True, verbose=False, optimize=False, opset_version=OPSET)
         assert program is not None
         graph = program.model.graph
@@ -90,17 +88,3 @@ def _has_attribute(module: nn.Module, name: str) -> bool:
         return isinstance(get_attribute(module, name), torch.Tensor)
     except AttributeError:
         return False
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter without its remarks on optional packages and on its own deprecated calls."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

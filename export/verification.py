@@ -58,9 +58,11 @@ class Verification:
     def judge(self) -> None:
         """Add a failure, one line each, for everything that is out of bounds."""
         if not self.max_logit_difference <= MAX_LOGIT_DIFFERENCE:
-            self.failures.append(f"logits differ by {self.max_logit_difference:.2g}, more than {MAX_LOGIT_DIFFERENCE:g}")
+            difference = f"{self.max_logit_difference:.2g}"
+            self.failures.append(f"logits differ by {difference}, more than {MAX_LOGIT_DIFFERENCE:g}")
         if not self.equal_routes >= MIN_EQUAL_ROUTES:
-            self.failures.append(f"only {self.equal_routes:.4%} of the routes are equal, less than {MIN_EQUAL_ROUTES:.1%}")
+            share = f"{self.equal_routes:.4%}"
+            self.failures.append(f"only {share} of the routes are equal, less than {MIN_EQUAL_ROUTES:.1%}")
         for name, layers in (("executed", self.never_executed), ("skipped", self.never_skipped)):
             if layers:
                 self.failures.append(f"the If of layer {layers[0]} was never seen {name}")

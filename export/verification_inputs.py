@@ -12,6 +12,7 @@ from modcompile.modeling import RoutedForCausalLM
 NUM_DECODE_STEPS = 16
 _PREFILL_LENGTHS = (1, 2, 5, 9, 16, 27, 41, 64)
 NUM_TEXTS = len(_PREFILL_LENGTHS)
+_MIN_GAP = 1e-3
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def verification_cases(
 ) -> list[Case]:
     """The artifact's own thresholds on each of 8 rows alone, and other thresholds on all rows as a padded batch.
 
-    `texts` are 8 rows of token ids; short ones are repeated, so that each has enough for its prefill and the decode steps.
+    `texts` are 8 rows of token ids; short ones are repeated, so that each has enough for its prefill and the decode
+    steps.
     """
     longest = getattr(model.config, "max_position_embeddings", None) or max(_PREFILL_LENGTHS) + NUM_DECODE_STEPS
     lengths = [min(length, max(1, longest - NUM_DECODE_STEPS)) for length in _PREFILL_LENGTHS]
@@ -76,7 +78,8 @@ def _fill(tokens: Sequence[int], length: int) -> tuple[int, ...]:
 def _halving_thresholds(model: RoutedForCausalLM, prefills: Sequence[Sequence[int]]) -> list[float]:
     """For each layer a threshold that splits the tokens about in half, in the widest gap near the median.
 
-    In a gap, so that a rounding error does not decide a route.
+    In a gap, so that a rounding error does not decide a route. Where gates near the median are all but equal (a router
+    that was never trained says the same of every token), the widest gap anywhere must do, and may split nothing.
     """
     gates: list[list[torch.Tensor]] = []
     before = model.hard_thresholds
@@ -91,6 +94,8 @@ def _halving_thresholds(model: RoutedForCausalLM, prefills: Sequence[Sequence[in
         values = torch.cat(layer).sigmoid().sort().values
         low, high = int(0.3 * len(values)), max(int(0.7 * len(values)), int(0.3 * len(values)) + 1)
         middle = values[low : high + 1]
+        if middle.diff().max() < _MIN_GAP:
+            middle = torch.cat([torch.zeros(1), values, torch.ones(1)])
         gap = int(middle.diff().argmax())
         thresholds.append(float((middle[gap] + middle[gap + 1]) / 2))
     return thresholds
@@ -99,7 +104,8 @@ def _halving_thresholds(model: RoutedForCausalLM, prefills: Sequence[Sequence[in
 def _router_logits(model: RoutedForCausalLM, input_ids: torch.Tensor) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     handles = [
-        router.register_forward_hook(lambda _module, _args, output: found.append(output)) for router in model.routers.values()
+        router.register_forward_hook(lambda _module, _args, output: found.append(output))
+        for router in model.routers.values()
     ]
     try:
         model(input_ids)

@@ -7,44 +7,50 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 
+from modcompile.errors import ModcompileError, VerificationError
 from modcompile.export.paired_steps import paired_steps
-from modcompile.export.session import MODEL_FILE, RoutedSession
+from modcompile.export.session import MODEL_FILE, THRESHOLD_INPUT, Array, RoutedSession
+from modcompile.export.tell_routes import TellRoutes
 from modcompile.export.verification import Verification, versions
 from modcompile.export.verification_inputs import Case
 from modcompile.modeling import RoutedForCausalLM
 
+
 def verify_model(model: RoutedForCausalLM, folder: Path, cases: Sequence[Case]) -> Verification:
     """Check `folder/model.onnx`, then run every case in PyTorch and in ONNX Runtime, on the CPU, and compare.
 
-    Logits are compared at every token that is not padding, up to the first route of its row that differs. Routes are read
-    from a second graph on the same weights that differs in having them as outputs; it is not kept.
+    Logits are compared at every token that is not padding, up to the first route of its row that differs. Routes are
+    read from a second graph on the same weights, in which every `If` tells what it did; it is not kept. The first case
+    has the thresholds that the artifact holds.
     """
     result = Verification(versions=versions())
-    try:
-        onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        result.failures.append(f"the ONNX checker refuses the model: {str(error).splitlines()[0]}")
-        return result
-
     telling = folder / ".routing.onnx"
     try:
-        _save_with_routes(folder / MODEL_FILE, telling, model.routed_layers)
+        onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
+        _save_telling(folder / MODEL_FILE, telling, model.routed_layers, cases[0].thresholds)
         # One session after the other: each holds the weights.
-        plain = _plain_difference(model, folder / MODEL_FILE, cases[0])
-        _run_cases(model, RoutedSession(telling, providers=["CPUExecutionProvider"]), cases, result)
-        result.cases["as shipped"] = plain
+        shipped = _logits(_session(folder / MODEL_FILE), cases[0])
+        session = _session(telling)
+        _run_cases(model, session, cases, result)
+        session.thresholds = cases[0].thresholds
+        result.cases["as shipped"] = _largest(shipped - _logits(session, cases[0]))
         result.max_logit_difference = max(result.cases.values())
         result.judge()
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        result.failures.append(f"the ONNX checker refuses the model: {str(error).splitlines()[0]}")
+    except ModcompileError as error:
+        result.failures.append(str(error))
     finally:
         telling.unlink(missing_ok=True)
     return result
 
 
-def _run_cases(
-    model: RoutedForCausalLM, session: RoutedSession, cases: Sequence[Case], result: Verification
-) -> None:
+def _session(model_file: Path) -> RoutedSession:
+    return RoutedSession(model_file, providers=["CPUExecutionProvider"])
+
+
+def _run_cases(model: RoutedForCausalLM, session: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
     executed = np.zeros(len(model.routed_layers), bool)
     skipped = np.zeros_like(executed)
     losses: list[tuple[float, float, int]] = []
@@ -63,9 +69,7 @@ def _run_cases(
             result.compared_routes += int(tokens.sum()) * len(executed)
             same &= routes_equal.all((0, 2))
             valid = tokens & same[:, None]
-            difference = np.abs(step.torch_logits - step.onnx_logits)[valid]
-            if difference.size:
-                largest = max(largest, float(np.nan_to_num(difference, nan=np.inf).max()))
+            largest = max(largest, _largest((step.torch_logits - step.onnx_logits)[valid]))
             result.compared_tokens += int(valid.sum())
             executed |= step.onnx_routes.any((1, 2))
             skipped |= ~step.onnx_routes.any((1, 2))
@@ -86,29 +90,23 @@ def _run_cases(
     result.never_skipped = [layer for layer, seen in zip(model.routed_layers, skipped, strict=True) if not seen]
 
 
-def _plain_difference(model: RoutedForCausalLM, model_file: Path, case: Case) -> float:
-    """The shipped graph itself, as its users run it: with the thresholds that it holds."""
-    session = RoutedSession(model_file, providers=["CPUExecutionProvider"])
+def _logits(session: RoutedSession, case: Case) -> Array:
+    """Of the first row of a case, prefill and decode steps in one call."""
     ids = np.array([case.prefills[0] + case.decodes[0]])
     mask = np.ones_like(ids)
     logits, _, _ = session.run(ids, mask, mask.cumsum(1) - 1, session.empty_cache(1))
-    before = model.hard_thresholds
-    model.set_router_mode(list(case.thresholds))
-    with torch.no_grad():
-        expected = model(torch.from_numpy(ids)).logits.numpy()
-    model.set_router_mode(before)
-    return float(np.nan_to_num(np.abs(logits - expected), nan=np.inf).max())
+    return logits
 
 
-def _save_with_routes(source: Path, target: Path, layers: Sequence[int]) -> None:
+def _largest(difference: Array) -> float:
+    return float(np.nan_to_num(np.abs(difference), nan=np.inf).max(initial=0.0))
+
+
+def _save_telling(source: Path, target: Path, layers: Sequence[int], thresholds: Sequence[float]) -> None:
     model = ir.load(source)
-    present = {value.name for value in model.graph.outputs}
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    axis = ir.Value(name=".routing.axis", const_value=ir.tensor([2], name=".routing.axis"))
-    model.graph.register_initializer(axis)
-    for layer in layers:
-        if f"routing.{layer}" not in present:
-            squeezed = ir.Value(name=f"routing.{layer}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape((None, None)))
-            model.graph.append(ir.Node("", "Squeeze", [values[f"blocks.{layer}.decide.1"], axis], outputs=[squeezed]))
-            model.graph.outputs.append(squeezed)
+    value = model.graph.initializers.get(THRESHOLD_INPUT)
+    stored = value.const_value if value is not None else None
+    if stored is None or not np.array_equal(stored.numpy(), np.asarray(thresholds, np.float32)):
+        raise VerificationError(f"{THRESHOLD_INPUT} does not hold the thresholds that were asked for")
+    TellRoutes(layers)(model)
     ir.save(model, target)

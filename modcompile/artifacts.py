@@ -68,8 +68,8 @@ def load_with_routers(
     """
     folder = Path(folder)
     config = read_router_config(folder)
-    base = load_base(find_checkpoint(str(folder.resolve()))).to(device=device, dtype=dtype)
-    model = build_routed(base, config, use_cache=use_cache)
+    base: Any = load_base(find_checkpoint(str(folder.resolve())))
+    model = build_routed(base.to(device=device, dtype=dtype), config, use_cache=use_cache)
     load_routers(model, folder)
     model.set_router_mode(hard_threshold)
     return model
@@ -164,11 +164,7 @@ def save_routers(model: RoutedForCausalLM, folder: Path) -> None:
 
 def save_router_weights(model: RoutedForCausalLM, path: Path) -> None:
     """Write the parameters of the routers to a safetensors file."""
-    state = {
-        f"routers.{layer}.{name}": tensor.detach().to("cpu", copy=True).contiguous()
-        for layer, router in model.routers.items()
-        for name, tensor in router.state_dict().items()
-    }
+    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _router_state(model).items()}
     save_file(state, path, metadata={"format": "pt"})
 
 
@@ -183,10 +179,26 @@ def load_routers(model: RoutedForCausalLM, folder: Path) -> None:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} can't be read ({error}); run modcompile.rewrite again") from error
+    wanted = {name: tensor.shape for name, tensor in _router_state(model).items()}
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    if found != wanted:
+        name = min(wanted.items() ^ found.items())[0]
+        raise ArtifactError(
+            f"{path} holds the routers of another model: {name} is {_shape(found.get(name))}, here it is "
+            f"{_shape(wanted.get(name))}; run modcompile.rewrite again"
+        )
     for layer, router in model.routers.items():
         prefix = f"routers.{layer}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
-        try:
-            router.load_state_dict(own)
-        except RuntimeError as error:
-            raise ArtifactError(f"{path} does not hold the router of layer {layer}: {error}") from error
+        router.load_state_dict({name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)})
+
+
+def _router_state(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:
+    return {
+        f"routers.{layer}.{name}": tensor
+        for layer, router in model.routers.items()
+        for name, tensor in router.state_dict().items()
+    }
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else f"of shape {list(shape)}"

@@ -18,11 +18,9 @@ from transformers import (
 from modcompile.causality import check_is_causal
 from modcompile.checkpoint_config import load_config, load_error, summary
 from modcompile.checkpoint_files import check_gguf, check_weights
-from modcompile.checkpoint_sources import CheckpointSource, fetch_checkpoint, find_checkpoint
+from modcompile.checkpoint_sources import CheckpointSource, fetch_checkpoint
 from modcompile.errors import CheckpointError
 from modcompile.progress import quiet_transformers, show_elapsed
-
-__all__ = ["CheckpointSource", "find_checkpoint", "load_base", "load_tokenizer", "save_base"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -100,8 +98,8 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
     """
     generation_config = model.generation_config
     with show_elapsed(f"writing {folder.name}"), quiet_transformers():
-        # save_pretrained refuses a generation_config.json that sets, say, a temperature and no sampling. Checkpoints
-        # come with such files and load, so it is written here, as it is.
+        # In transformers 4.57, save_pretrained refuses a generation config that sets, say, a temperature and no
+        # sampling. Checkpoints come with such files and load, so it is written here, as it is.
         model.generation_config = GenerationConfig() if generation_config is not None else None
         try:
             model.save_pretrained(folder, max_shard_size=_ONE_FILE)

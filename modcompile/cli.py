@@ -31,13 +31,13 @@ def run(main: Callable[[], None]) -> int:
         _complain("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered must go somewhere when Python flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _flush_or_discard_stdout()
         return _BROKEN_PIPE
     except Exception as error:
         reason = disk_full_reason(error)
         if reason is None:
             raise
+        _flush_or_discard_stdout()
         _complain(f"error: {reason} ({error}); make room, or choose another --output_dir")
         return _BAD_INPUT
     finally:
@@ -47,3 +47,11 @@ def run(main: Callable[[], None]) -> int:
 
 def _complain(line: str) -> None:
     print(" ".join(line.split()), file=sys.stderr)
+
+
+def _flush_or_discard_stdout() -> None:
+    """Leave nothing in the buffer that Python would fail to write, with a message of its own, at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

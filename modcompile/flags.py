@@ -1,29 +1,45 @@
 """Command-line flags from dataclasses, and what is wrong with them in one line."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
 from modcompile.errors import ConfigError
 
 
+class _OneLineParser(HfArgumentParser):
+    """Leaves the usage, some hundred lines for the flags of training, to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all flags)")
+
+
 def parse_flags(
-    prog: str, description: str | None, positional: tuple[str, str] | None, configs: Sequence[type], argv: Sequence[str] | None
+    prog: str,
+    description: str | None,
+    positional: tuple[str, str] | None,
+    configs: Sequence[type],
+    argv: Sequence[str] | None,
 ) -> tuple[Any, ...]:
     """One instance of each of `configs` from the command line; then the positional argument (name, help), if any.
 
     Raises:
-        ConfigError: a value that a dataclass refuses.
+        ConfigError: an unknown flag, a value that is of another type, or one that a dataclass refuses.
     """
-    parser = HfArgumentParser(list(configs), prog=f"python -m {prog}", description=description)
+    dataclass_types: list[Any] = list(configs)
+    parser = _OneLineParser(dataclass_types, prog=f"python -m {prog}", description=description)
     if positional is not None:
         parser.add_argument(positional[0], help=positional[1])
     try:
-        parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            args=argv, look_for_args_file=False, return_remaining_strings=True
+        )
     except (ValueError, ImportError) as error:
         # What the HF arguments refuse, such as tf32 on a machine that has none.
         raise ConfigError(str(error)) from error
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
     if positional is None:
         return tuple(parsed)
     *dataclasses, namespace = parsed

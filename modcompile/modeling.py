@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -17,7 +18,7 @@ from modcompile.gradient_checkpointing import checkpoint_blocks
 from modcompile.passes import harden_gates, lower_gates
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
 from modcompile.passes.retarget_device import retarget_device
-from modcompile.tracing import to_cache
+from modcompile.tracing import from_cache, to_cache
 from modcompile.usage import RoutingUsage
 
 
@@ -74,6 +75,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return [parameter for router in self.routers.values() for parameter in router.parameters()]
 
     @property
+    def takes_cache(self) -> bool:
+        """Whether the graph was traced with keys and values as inputs and outputs."""
+        return bool(self._cache_inputs)
+
+    @property
     def hard_thresholds(self) -> list[float] | None:
         """The threshold of every routed layer, or None while the model is soft."""
         return None if self._thresholds is None else self._thresholds.tolist()
@@ -109,7 +115,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     def hard_graph(self) -> fx.GraphModule:
         """The lowered graph at the present thresholds (0.5 while the model is soft); it shares the parameters."""
         if not self._hard:
-            self._hard = (lower_gates(harden_gates(self.graph)).eval(),)
+            # Not eval(): the routers are the model's own, and it may be in training.
+            self._hard = (lower_gates(harden_gates(self.graph)).train(self.training),)
         (graph,) = self._hard
         threshold = graph.get_buffer("routing_threshold")
         if self._thresholds is None:
@@ -170,11 +177,13 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `usage` then tells of this generation."""
         self.reset_usage()
-        if not self._cache_inputs:
+        if not self.takes_cache:
             kwargs["use_cache"] = False
-        return super().generate(*args, **kwargs)
+        return cast(Any, super()).generate(*args, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Keep the inputs of blocks only, and run each block again in the backward pass."""
         checkpoint_blocks(self.graph, enabled=True)
 
@@ -182,7 +191,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """Keep all activations, as without `gradient_checkpointing_enable`."""
         checkpoint_blocks(self.graph, enabled=False)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Write the base, loadable on its own, the routers and their configuration into a folder.
 
         The tokenizer is not the model's; save it beside.
@@ -190,7 +199,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         from modcompile.artifacts import save_routers  # artifacts reads folders into models, so it imports this module
 
         folder = Path(save_directory)
-        self.base.save_pretrained(folder, **kwargs)
+        self.base.save_pretrained(folder, *args, **kwargs)
         save_routers(self, folder)
 
     @property
@@ -198,9 +207,9 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         placeholders: list[fx.Node] = self.graph.graph.find_nodes(op="placeholder")
         return placeholders[NUM_TOKEN_INPUTS:]
 
-    def _past(self, cache: DynamicCache | None, batch: int) -> list[torch.Tensor]:
+    def _past(self, cache: Cache | None, batch: int) -> list[torch.Tensor]:
         if cache is not None and cache.get_seq_length() > 0:
-            return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+            return [tensor for pair in from_cache(cache) for tensor in pair]
         empty = []
         for node in self._cache_inputs:
             value = node.meta["val"]
@@ -209,10 +218,18 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return empty
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `half` and the like do: the base follows, and so does what the trace recorded."""
+        from modcompile.routed_graph import trace_again  # routed_graph makes models, so it imports this module
+
+        dtype = self.dtype
+        self.base._apply(fn, recurse)
         result = super()._apply(fn, recurse)
         # The hard graph holds buffers of its own and is made again when it is needed next.
         self._hard = ()
-        retarget_device(self.graph, self.device)
+        if self.dtype == dtype:
+            retarget_device(self.graph, self.device)
+        else:
+            self.graph = trace_again(self)
         return result
 
 

@@ -53,6 +53,11 @@ class Evaluation:
     sequences: int
     predicted_tokens: int
 
+    @property
+    def modes(self) -> dict[str, Measurement]:
+        """The three measurements, by name."""
+        return {"dense": self.dense, "soft": self.soft, "hard": self.hard}
+
 
 def evaluate_model(
     model: RoutedForCausalLM, blocks: Dataset, *, hard_threshold: float | Sequence[float] = 0.5, batch_size: int = 4
@@ -79,14 +84,7 @@ def evaluate_model(
             bar.set_description(f"Evaluating {name}")
             model.set_router_mode(mode)
             measured[name] = _measure(model, blocks, batch_size, predicted, bar)
-    return Evaluation(
-        dense=measured["dense"],
-        soft=measured["soft"],
-        hard=measured["hard"],
-        hard_threshold=threshold,
-        sequences=blocks.num_rows,
-        predicted_tokens=predicted,
-    )
+    return Evaluation(**measured, hard_threshold=threshold, sequences=blocks.num_rows, predicted_tokens=predicted)
 
 
 @torch.no_grad()

@@ -8,18 +8,17 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
-_DELAY = 2.0  # seconds: what is done sooner is not worth a line
-_INTERVAL = 0.5
+_INTERVAL = 0.5  # seconds
 
 
 @contextmanager
-def show_elapsed(description: str) -> Iterator[None]:
-    """`description` with the seconds so far on stderr, from two seconds on; on a terminal the seconds are kept up.
+def show_elapsed(description: str, *, delay: float = 2.0) -> Iterator[None]:
+    """`description` with the seconds so far on stderr, from `delay` seconds on; on a terminal they are kept up.
 
     A thread of its own writes it: the calls this is for (a trace, a parser) have no steps to report.
     """
     done = threading.Event()
-    thread = threading.Thread(target=_write_elapsed, args=(description, done), daemon=True)
+    thread = threading.Thread(target=_write_elapsed, args=(description, delay, done), daemon=True)
     thread.start()
     try:
         yield
@@ -45,9 +44,9 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _write_elapsed(description: str, done: threading.Event) -> None:
+def _write_elapsed(description: str, delay: float, done: threading.Event) -> None:
     start = time.monotonic()
-    if done.wait(_DELAY):
+    if done.wait(delay):
         return
     stream = sys.stderr
     if not stream.isatty():

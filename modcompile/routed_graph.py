@@ -22,7 +22,23 @@ def build_routed(base: PreTrainedModel, config: RouterConfig, *, use_cache: bool
         ConfigError: `config` selects no layer of this model.
         UnsupportedModelError: the model can't be traced, or is no chain of decoder blocks.
     """
-    return RoutedForCausalLM(base, insert_routers(trace_outlined(base, use_cache=use_cache), config), config).eval()
+    model = RoutedForCausalLM(base, insert_routers(trace_outlined(base, use_cache=use_cache), config), config)
+    model.eval()
+    return model
+
+
+def trace_again(model: RoutedForCausalLM) -> fx.GraphModule:
+    """The soft graph of a model whose dtype has changed, with the routers that it has.
+
+    A trace records the dtypes of its intermediate results: those of a norm in float32, say, within a model in bfloat16.
+
+    Raises:
+        UnsupportedModelError: the model can't be traced in its new dtype.
+    """
+    dense = trace_outlined(model.base, use_cache=model.takes_cache)
+    gate = model.graph.get_submodule(f"blocks.{model.routed_layers[0]}.gate")
+    graph = insert_depth_gates(dense, model.routers, gate)
+    return graph.train(model.training)
 
 
 def trace_outlined(base: PreTrainedModel, *, use_cache: bool = True) -> fx.GraphModule:

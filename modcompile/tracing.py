@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from modcompile.errors import UnsupportedModelError
+from modcompile.traceable_masks import traceable_masks
 
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5  # all different, none of them 0 or 1: export merges and specialises equal sizes
 
@@ -45,7 +46,7 @@ def trace_causal_lm(model: PreTrainedModel, *, use_cache: bool = True) -> fx.Gra
         # Every tensor is an object of its own: export merges the inputs that are one object.
         args += (_example_cache(model),)
         shapes += ([({0: free, 2: free}, {0: free, 2: free}) for _ in args[-1]],)
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), traceable_masks(model), torch.no_grad():
         try:
             ep = torch.export.export(_FlatCausalLM(model), args, dynamic_shapes=shapes, strict=False)
         except Exception as error:

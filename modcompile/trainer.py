@@ -11,22 +11,40 @@ from transformers import Trainer
 from modcompile.artifacts import load_routers, save_routers
 from modcompile.config import BudgetConfig
 from modcompile.modeling import RoutedCausalLMOutput, RoutedForCausalLM
+from modcompile.routing_totals import RoutingTotals
 from modcompile.usage import active_tokens
+
+_IGNORED = -100
+_LARGEST_EXPONENT = 700.0  # exp(710) is no floating-point number
 
 
 class RouterTrainer(Trainer):
-    """Trains the routers of a `RoutedForCausalLM`.
+    """Trains the routers of a `RoutedForCausalLM` on batches of `input_ids`, `attention_mask` and `labels`, `[B, T]`.
 
     loss = LM loss + router_lambda * max(active_ratio - target_active_ratio, 0), with the active ratio the mean of the
-    gates over routed layers and tokens that are not padding. It is the same in training and in evaluation.
+    gates over routed layers and tokens that are not padding. Accumulated batches give the gradient of one large batch,
+    as long as the active ratio of each is on the same side of the target: a batch can't see that of the others.
     """
 
     def __init__(self, model: RoutedForCausalLM, budget: BudgetConfig, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
         self._routed = model
         self._budget = budget
-        self._sums = _MetricSums()
-        self._eval_sums = _MetricSums()
+        self._training = RoutingTotals()
+        self._evaluation = RoutingTotals()
+        self._tokens_of_update = torch.ones(())
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:
+        """The batches of one update, and how many tokens they predict in all.
+
+        Counted here, as transformers 4.57 would count the first label of a row, which nothing predicts.
+        """
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, None
+        device = self.args.device
+        self._tokens_of_update = _total([batch["attention_mask"] != 0 for batch in batches]).to(device)
+        return batches, _total([_is_predicted(batch["labels"]) for batch in batches]).to(device)
 
     def compute_loss(
         self,
@@ -35,37 +53,41 @@ class RouterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """LM loss plus budget loss of one batch; over accumulated batches, the mean of their budget losses."""
-        output: RoutedCausalLMOutput = model(**inputs, num_items_in_batch=num_items_in_batch)
+        """The loss of a batch; in training, its part of the loss of an update of `num_items_in_batch` predictions."""
+        output: RoutedCausalLMOutput = model(**inputs, num_items_in_batch=1)
         assert output.loss is not None and output.gates is not None and output.tokens is not None
-        ratio = active_tokens(output.gates, output.tokens).mean() / output.tokens.sum()
-        budget_loss = (ratio - self._budget.target_active_ratio).clamp(min=0)
-        accumulated = 1
+        summed_loss, predicted, tokens = output.loss, _is_predicted(inputs["labels"]).sum(), output.tokens.sum()
+        active = active_tokens(output.gates, output.tokens).mean()
+        budget_loss = (active / tokens - self._budget.target_active_ratio).clamp(min=0)
+        totals = self._training if model.training else self._evaluation
+        totals.add(summed_loss, predicted, active, budget_loss * tokens, tokens)
         if model.training and num_items_in_batch is not None:
-            accumulated = self.args.gradient_accumulation_steps
-        loss = output.loss + self._budget.router_lambda * budget_loss / accumulated
-        sums = self._sums if model.training else self._eval_sums
-        sums.add(output.loss.detach() * accumulated, ratio.detach(), budget_loss.detach())
+            share = tokens / self._tokens_of_update
+            loss = summed_loss / num_items_in_batch + self._budget.router_lambda * budget_loss * share
+        else:
+            loss = summed_loss / predicted + self._budget.router_lambda * budget_loss
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line: LM loss, active ratio, budget loss."""
         if "loss" in logs:
-            logs |= self._sums.take()
+            logs |= self._training.take()
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the same metrics, and the perplexity."""
-        self._eval_sums.take()
+        """The same metrics and the perplexity, of all tokens together: the batch size makes no difference."""
+        self._evaluation.take()
         output = super().evaluation_loop(*args, **kwargs)
+        means = self._evaluation.take()
+        means["budget_loss"] = max(means["active_ratio"] - self._budget.target_active_ratio, 0.0)
+        means["loss"] = means["lm_loss"] + self._budget.router_lambda * means["budget_loss"]
+        means["perplexity"] = math.exp(min(means["lm_loss"], _LARGEST_EXPONENT))
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._eval_sums.take()
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        output.metrics[f"{prefix}_perplexity"] = math.exp(min(means["lm_loss"], 700))
-        return output
+        metrics = dict(output.metrics or {}) | {f"{prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=metrics)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_routers(self._routed, folder)
 
@@ -77,20 +99,10 @@ class RouterTrainer(Trainer):
         load_routers(self._routed, Path(self.state.best_model_checkpoint))
 
 
-class _MetricSums:
-    """Running sums on the device: reading them at every step would wait for the device."""
+def _is_predicted(labels: torch.Tensor) -> torch.Tensor:
+    """`[B, T - 1]`: which tokens of a batch are predicted from those before them."""
+    return labels[:, 1:] != _IGNORED
 
-    def __init__(self) -> None:
-        self._sums: torch.Tensor | None = None
-        self._count = 0
 
-    def add(self, *values: torch.Tensor) -> None:
-        added = torch.stack([value.float() for value in values])
-        self._sums = added if self._sums is None else self._sums + added
-        self._count += 1
-
-    def take(self) -> dict[str, float]:
-        names = ("lm_loss", "active_ratio", "budget_loss")
-        means = (self._sums / self._count).tolist() if self._sums is not None else [math.nan] * len(names)
-        self._sums, self._count = None, 0
-        return dict(zip(names, means, strict=True))
+def _total(masks: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([mask.sum() for mask in masks]).sum()

@@ -23,11 +23,16 @@ class RouterTrainingArguments(TrainingArguments):
     max_train_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps to train for, whatever the number of epochs (as --max_steps)."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Go on from a checkpoint: its folder, or `true` for the last whole one in the output folder."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an output folder that modcompile did not make, or trained routers."}
     )
 
     def __post_init__(self) -> None:
+        check("seed", self.seed, at_least=0, below=2**32)
         check("learning_rate", self.learning_rate, at_least=0)
         check("weight_decay", self.weight_decay, at_least=0)
         check("num_train_epochs", self.num_train_epochs, above=0)
@@ -41,5 +46,9 @@ class RouterTrainingArguments(TrainingArguments):
         # Reports go to report.json and stdout, unless a service is asked for by name.
         self.report_to = "none" if self.report_to in (None, "all") else self.report_to
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if (self.resume_from_checkpoint or "").lower() == "false":
+            self.resume_from_checkpoint = None
+        # Without an accelerator the CPU is what is meant; the HF arguments would refuse --bf16 on it.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.has_output_dir = self.output_dir is not None
         super().__post_init__()

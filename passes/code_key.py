@@ -21,8 +21,9 @@ def code_key(module: nn.Module) -> tuple[Any, ...]:
         if node.op == "call_module":
             inner = code_key(module.get_submodule(target))
         elif node.op == "get_attr":
-            tensor = get_attribute(module, target)
-            inner = tuple(tensor.shape), tensor.dtype
+            value = get_attribute(module, target)
+            # A module is the body of a higher-order operator.
+            inner = code_key(value) if isinstance(value, nn.Module) else (tuple(value.shape), value.dtype)
         return node.op, target, args, inner
 
     return tuple(entry(node) for node in module.graph.nodes)

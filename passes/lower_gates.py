@@ -25,7 +25,8 @@ import operator
 import torch
 from torch import fx, nn
 
-from modcompile.passes.eliminate_dead_code import eliminate_dead_code
+from modcompile.errors import UnsupportedModelError
+from modcompile.passes.eliminate_dead_code import eliminate_dead_code, is_mutating
 from modcompile.passes.outlined_form import called_modules, copy_graph, routed_calls
 
 
@@ -33,6 +34,9 @@ def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the graph of `harden_gates` with each routed block's work under a `torch.cond`.
 
     Keeps equal: every output, except the logits of padding. The branches share their parameters with the block.
+
+    Raises:
+        UnsupportedModelError: a block writes to a tensor in place.
     """
     graph, outputs = copy_graph(gm)
     modules: dict[str, nn.Module | torch.Tensor] = dict(called_modules(gm))
@@ -95,4 +99,10 @@ def _else_branch(block: fx.GraphModule) -> fx.GraphModule:
     # A branch of a cond must not return its input itself.
     graph.output((graph.call_function(torch.clone, (inputs[0],)), *cache))
     eliminate_dead_code(graph)
+    for node in graph.nodes:
+        if is_mutating(node):
+            raise UnsupportedModelError(
+                f"a decoder block writes to a tensor in place ({node.target}), so what its keys and values need can't be "
+                "cut out of it; write that operation out of place"
+            )
     return fx.GraphModule(block, graph)

@@ -1,15 +1,24 @@
 """Fixtures shared by all tests."""
 
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
 import pytest
 from hypothesis import settings
 from torch import fx
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modcompile.artifacts import base_files, write_routed_folder
+from modcompile.export.build_model import build_model
+from modcompile.export.session import MODEL_FILE
 from tests.tiny_graphs import flat_graph, outlined_graph, shared_model
 from tests.tiny_models import ARCHITECTURES
+from tests.tiny_routed import tiny_routed
+from tests.tiny_tokenizer import make_tokenizer
 
 # The same examples in every run: a failure is then the change's, not the draw's.
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=20, database=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("repeatable")
 
 
@@ -40,3 +49,43 @@ def outlined(architecture: str) -> fx.GraphModule:
 def llama() -> PreTrainedModel:
     """A tiny LLaMA, shared by all tests: not to be changed."""
     return shared_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens with EOS and padding, shared by all tests: not to be changed."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def routed_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The routed folder of `tiny_routed`, shared by all tests: not to be changed."""
+    folder = tmp_path_factory.mktemp("routed") / "tiny"
+    write_routed_folder(tiny_routed("straight_through"), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(routed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an export makes of it at a threshold of 0.5, with --emit_routing; in a routed folder, not to be changed."""
+    folder = tmp_path_factory.mktemp("exported") / "tiny" / "onnx"
+    shutil.copytree(routed_folder, folder.parent)
+    folder.mkdir()
+    model = tiny_routed("straight_through")
+    model.set_router_mode(0.5)
+    ir.save(build_model(model.hard_graph(), emit_routing=True), folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+    for file in base_files(routed_folder):
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def silent_onnx_folder(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without --emit_routing."""
+    folder = tmp_path_factory.mktemp("silent") / "onnx"
+    shutil.copytree(onnx_folder, folder)
+    model = ir.load(folder / MODEL_FILE)
+    model.graph.outputs[:] = [value for value in model.graph.outputs if not str(value.name).startswith("routing.")]
+    ir.save(model, folder / MODEL_FILE)
+    return folder

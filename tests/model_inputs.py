@@ -27,7 +27,7 @@ class ModelInputs:
         return (*self.tokens, *(tensor for pair in self.past for tensor in pair))
 
     @property
-    def tokens(self) -> tuple[torch.Tensor, ...]:
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The arguments of a graph traced without one."""
         return self.input_ids, self.attention_mask, self.position_ids
 
@@ -45,12 +45,12 @@ class ModelInputs:
         """One sequence alone, its padding kept."""
         rows = slice(index, index + 1)
         past = [(keys[rows], values[rows]) for keys, values in self.past]
-        return ModelInputs(*(tensor[rows] for tensor in self.tokens), past)
+        return ModelInputs(self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], past)
 
     def without_padding(self) -> "ModelInputs":
         """The same tokens of one sequence (B = 1, P = 0) without any padding."""
-        kept = self.attention_mask.bool()
-        return ModelInputs(*(tensor[kept].unsqueeze(0) for tensor in self.tokens), self.past)
+        input_ids, attention_mask, position_ids = (tensor[self.is_token].unsqueeze(0) for tensor in self.tokens)
+        return ModelInputs(input_ids, attention_mask, position_ids, self.past)
 
     def with_other_rows(self, index: int, seed: int) -> "ModelInputs":
         """Other tokens, and another cache, in all rows but one."""

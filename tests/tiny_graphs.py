@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from modcompile.passes import drop_guards, harden_gates, insert_depth_gates, lower_gates, outline_blocks
+from modcompile.passes import drop_guards, harden_gates, insert_depth_gates, outline_blocks
 from modcompile.routers import DepthRouter, SoftGate
 from modcompile.tracing import trace_causal_lm
 from tests.tiny_models import HIDDEN_SIZE, tiny_model
@@ -36,10 +36,6 @@ def outlined_graph(architecture: str, *, use_cache: bool = True) -> fx.GraphModu
 
 def hard_graph(architecture: str, routers: Mapping[int, nn.Module]) -> fx.GraphModule:
     return harden_gates(insert_depth_gates(outlined_graph(architecture), routers, SoftGate()))
-
-
-def lowered_graph(architecture: str, routers: Mapping[int, nn.Module]) -> fx.GraphModule:
-    return lower_gates(hard_graph(architecture, routers))
 
 
 def random_routers(layers: Iterable[int], seed: int = 0) -> dict[int, nn.Module]:

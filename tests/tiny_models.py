@@ -1,5 +1,7 @@
 """Random models of a few thousand parameters, one for each architecture that the tests cover."""
 
+from typing import Any
+
 import torch
 from transformers import (
     GPT2Config,
@@ -26,7 +28,7 @@ INITIALIZER_RANGE = 0.2  # ten times the usual: each block then changes the logi
 def tiny_model(architecture: str, num_layers: int = 3, seed: int = 0) -> PreTrainedModel:
     """A model in evaluation mode; equal arguments give equal weights."""
     torch.manual_seed(seed)
-    grouped = {
+    grouped: dict[str, Any] = {
         "hidden_size": HIDDEN_SIZE,
         "intermediate_size": 48,
         "num_hidden_layers": num_layers,

@@ -1,5 +1,7 @@
 """A routed LLaMA that goes with the tokenizer of `tiny_tokenizer`: layers 0 and 2 of 3 have routers, which decide."""
 
+from functools import cache
+
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
@@ -31,8 +33,12 @@ def tiny_base() -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def tiny_routed(gate: GateKind = "straight_through", *, use_cache: bool = True) -> RoutedForCausalLM:
-    """The routed model, soft; its routers execute some tokens at a threshold of 0.5 and skip others."""
+@cache
+def tiny_routed(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM:
+    """The routed model; its routers execute some tokens at a threshold of 0.5 and skip others.
+
+    It is made once a process and shared by all tests, which may change its router mode only.
+    """
     config = RouterConfig(router_hidden_size=8, router_pattern="every_other", gate=gate)
     set_seed(0)
     model = build_routed(tiny_base(), config, use_cache=use_cache)

@@ -18,7 +18,12 @@ def test_finds_a_folder_by_any_spelling_of_its_path(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for spelling in (str(folder), "./my-model", "my-model", "my-model/", "~/my-model", "../home/my-model"):
         source = find_checkpoint(spelling)
-        assert (source.kind, source.location, source.name, str(source)) == ("folder", str(folder), "my-model", str(folder))
+        assert (source.kind, source.location, source.name, str(source)) == (
+            "folder",
+            str(folder),
+            "my-model",
+            str(folder),
+        )
 
 
 def test_finds_a_gguf_file_that_is_a_link_to_another_name(tmp_path: Path) -> None:
@@ -48,7 +53,7 @@ def test_refuses_the_home_of_a_user_that_does_not_exist() -> None:
 def test_refuses_a_weights_file_in_place_of_its_folder(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(CheckpointError, match="is a file, but no .gguf file; give the folder"):
+    with pytest.raises(CheckpointError, match=r"is a file, but no \.gguf file; give the folder"):
         find_checkpoint(str(file))
 
 
@@ -151,7 +156,7 @@ def test_says_that_the_hub_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.M
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     _use_hub(monkeypatch, f"http://127.0.0.1:{port}", tmp_path)
-    with pytest.raises(CheckpointError, match="org/tiny is neither a path.* can't be fetched from the hub") as caught:
+    with pytest.raises(CheckpointError, match=r"org/tiny is neither a path.* can't be fetched from the hub") as caught:
         fetch_checkpoint(find_checkpoint("org/tiny"))
     assert "\n" not in str(caught.value)
 
@@ -159,5 +164,5 @@ def test_says_that_the_hub_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.M
 def test_gives_up_on_a_hub_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # It accepts connections and sends nothing.
         _use_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
-        with pytest.raises(CheckpointError, match="can't be fetched from the hub .*timed out"):
+        with pytest.raises(CheckpointError, match=r"can't be fetched from the hub .*timed out"):
             fetch_checkpoint(find_checkpoint("org/tiny"))

@@ -39,9 +39,8 @@ def routed(request: pytest.FixtureRequest) -> RoutedForCausalLM:
 @pytest.fixture(scope="module")
 def blocks(tokenizer: PreTrainedTokenizerFast) -> Dataset:
     """Five sequences, the last of 11 tokens."""
-    packed = tokenize_and_pack([builtin_documents("test")[0]], tokenizer, SEQUENCE_LENGTH)
-    text = [token for row in packed.select(range(5))["input_ids"] for token in row][: 4 * SEQUENCE_LENGTH + 11]
-    return tokenize_and_pack([tokenizer.decode(text)], tokenizer, SEQUENCE_LENGTH)
+    tokens = tokenizer(builtin_documents("test")[0], verbose=False)["input_ids"][: 4 * SEQUENCE_LENGTH + 11]
+    return tokenize_and_pack([str(tokenizer.decode(tokens))], tokenizer, SEQUENCE_LENGTH)
 
 
 @torch.no_grad()
@@ -101,8 +100,8 @@ def test_counts(routed: RoutedForCausalLM, blocks: Dataset) -> None:
 def test_batches_do_not_change_the_result(routed: RoutedForCausalLM, blocks: Dataset, batch_size: int) -> None:
     expected = evaluate_model(routed, blocks, batch_size=4)
     actual = evaluate_model(routed, blocks, batch_size=batch_size)
-    for mode in ("dense", "soft", "hard"):
-        assert_equal(getattr(actual, mode), getattr(expected, mode))
+    for mode, measured in expected.modes.items():
+        assert_equal(actual.modes[mode], measured)
 
 
 def test_padding_counts_nowhere(routed: RoutedForCausalLM, blocks: Dataset) -> None:
@@ -111,9 +110,9 @@ def test_padding_counts_nowhere(routed: RoutedForCausalLM, blocks: Dataset) -> N
     length = sum(last["attention_mask"])
     short = Dataset.from_list([{name: values[:length] for name, values in last.items()}])
     padded = Dataset.from_list([last])
-    for mode in ("dense", "soft", "hard"):
-        expected = getattr(evaluate_model(routed, short), mode)
-        assert_equal(getattr(evaluate_model(routed, padded), mode), expected)
+    actual = evaluate_model(routed, padded).modes
+    for mode, measured in evaluate_model(routed, short).modes.items():
+        assert_equal(actual[mode], measured)
 
 
 def test_soft_straight_through_is_hard_at_one_half(blocks: Dataset) -> None:
@@ -129,22 +128,27 @@ def test_threshold_for_each_layer(routed: RoutedForCausalLM, blocks: Dataset) ->
 
 
 @pytest.mark.parametrize("threshold", [None, 0.25])
-def test_model_is_left_as_it_was(blocks: Dataset, threshold: float | None) -> None:
-    model = tiny_routed(use_cache=False).train()
-    model.set_router_mode(threshold)
-    model(torch.tensor([[5, 6, 7]]), use_cache=False)
-    usage, thresholds = model.usage, model.hard_thresholds
-    evaluate_model(model, blocks)
-    assert model.training
-    assert model.graph.training
-    assert model.hard_thresholds == thresholds
-    assert model.usage is usage
+@pytest.mark.parametrize("training", [False, True])
+def test_model_is_left_as_it_was(
+    routed: RoutedForCausalLM, blocks: Dataset, threshold: float | None, training: bool
+) -> None:
+    routed.train(training)
+    routed.set_router_mode(threshold)
+    routed.reset_usage()
+    routed(torch.tensor([[5, 6, 7]]), use_cache=False)
+    usage, thresholds = routed.usage, routed.hard_thresholds
+    evaluate_model(routed, blocks)
+    assert routed.training == routed.graph.training == training
+    assert routed.hard_thresholds == thresholds
+    assert routed.usage is usage
     assert usage.tokens == 3
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in routed.parameters())
+    routed.eval()
 
 
 def test_model_with_a_cache_gives_the_same(blocks: Dataset) -> None:
-    assert evaluate_model(tiny_routed(), blocks) == evaluate_model(tiny_routed(use_cache=False), blocks)
+    expected = evaluate_model(tiny_routed("straight_through", use_cache=False), blocks)
+    assert evaluate_model(tiny_routed("straight_through"), blocks) == expected
 
 
 @pytest.mark.parametrize("threshold", [math.nan, -0.1, math.inf, [0.5, math.nan], [0.5]])

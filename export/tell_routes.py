@@ -1,0 +1,75 @@
+"""Tell, as outputs of a graph, which branch every `If` took, and for which tokens.
+
+Before::
+
+    open, routing_mask, needed = …
+    hidden, key, value = If(needed, then_branch = { … }, else_branch = { … })
+
+After::
+
+    hidden, key, value, told = If(needed,
+        then_branch = { …  told = Or(routing_mask, Not(ReduceMax(routing_mask))) },
+        else_branch = { …  told = And(routing_mask, false) })
+    routing.{layer} = Squeeze(told, 2)
+
+What is told is made inside the branches, so it is what was done and not what was asked for: a layer that ran although
+no token needed it tells that it ran for all of them, and one that was skipped tells that it ran for none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from modcompile.errors import VerificationError
+
+
+@dataclass(frozen=True)
+class TellRoutes(ir.passes.InPlacePass):
+    """Add `routing.{layer}` (bool `[B, T]`) for each of `layers`, or have what has this name tell what was done.
+
+    Raises:
+        VerificationError: a layer has no `If`, or no routing mask, of its own.
+    """
+
+    layers: Sequence[int]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        nodes = {node.name: node for node in model.graph if node.op_type == "If"}
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        names = {value.name for value in model.graph.outputs}
+        for layer in self.layers:
+            conditional, mask = nodes.get(f"blocks.{layer}.if"), values.get(f"blocks.{layer}.decide.1")
+            if conditional is None or mask is None:
+                raise VerificationError(f"layer {layer} has no If of its own")
+            shipped = [use for use in mask.uses() if use.node.outputs[0] in model.graph.outputs]
+            told = _tell(conditional, mask, f"blocks.{layer}.told")
+            for node, index in shipped:
+                node.replace_input_with(index, told)
+            if f"routing.{layer}" not in names:
+                axis = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [2])])
+                squeeze = ir.Node("", "Squeeze", [told, axis.outputs[0]])
+                _return(model.graph, [axis], squeeze, f"routing.{layer}")
+        return ir.passes.PassResult(model, modified=bool(self.layers))
+
+
+def _tell(conditional: ir.Node, mask: ir.Value, name: str) -> ir.Value:
+    then_branch, else_branch = (conditional.attributes[branch].as_graph() for branch in ("then_branch", "else_branch"))
+    needed = ir.Node("", "ReduceMax", [mask], [ir.AttrInt64("keepdims", 0)])
+    idle = ir.Node("", "Not", [needed.outputs[0]])
+    _return(then_branch, [needed, idle], ir.Node("", "Or", [mask, idle.outputs[0]]), f"{name}.executed")
+    no = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(False))])
+    _return(else_branch, [no], ir.Node("", "And", [mask, no.outputs[0]]), f"{name}.skipped")
+    conditional.resize_outputs(len(conditional.outputs) + 1)
+    told = conditional.outputs[-1]
+    told.name, told.type = name, mask.type
+    return told
+
+
+def _return(graph: ir.Graph, nodes: Sequence[ir.Node], last: ir.Node, name: str) -> None:
+    for index, node in enumerate(nodes):
+        node.outputs[0].name = f"{name}.{index}"
+    (result,) = last.outputs
+    result.name, result.type = name, ir.TensorType(ir.DataType.BOOL)
+    graph.extend([*nodes, last])
+    graph.outputs.append(result)
