@@ -13,7 +13,8 @@ After::
 
 In a graph without branches this is left to common-subexpression elimination; branches are scopes of their own, so that
 rotary tables and the attention mask would be prepared anew in each. Hoisted is only what depends on nothing but
-constants and values that more than one `If` reads: what belongs to one layer stays where it may be skipped.
+constants and values that more than one `If` reads: what belongs to one layer (the product of such a value with a weight
+of its own, say) stays where it may be skipped.
 """
 
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ class HoistShared(ir.passes.InPlacePass):
         for conditional in conditionals:
             for branch in _branches(conditional):
                 for node in list(branch):
-                    if not _depends_on(node, shared) or any(value.is_graph_output() for value in node.outputs):
+                    if not _reads_only(node, shared) or any(value.is_graph_output() for value in node.outputs):
                         continue
                     branch.remove(node)
                     hoisted.append(node)
@@ -52,8 +53,8 @@ def _branches(conditional: ir.Node) -> Iterable[ir.Graph]:
 
 
 def _read_by_many(graph: ir.Graph, conditionals: list[ir.Node]) -> set[ir.Value]:
-    """Values computed before the first `If` that more than one `If` reads."""
-    before: set[ir.Value] = set()
+    """Constants, and values computed before the first `If`, that more than one `If` reads."""
+    before = {value for value in graph.initializers.values() if not value.is_graph_input()}
     for node in graph:
         if node in conditionals:
             break
@@ -67,11 +68,8 @@ def _read_by_many(graph: ir.Graph, conditionals: list[ir.Node]) -> set[ir.Value]
     return {value for value, nodes in readers.items() if len(nodes) > 1}
 
 
-def _depends_on(node: ir.Node, shared: set[ir.Value]) -> bool:
+def _reads_only(node: ir.Node, shared: set[ir.Value]) -> bool:
     values = [value for value in node.inputs if value is not None]
-    constant = [value.is_initializer() and not value.is_graph_input() for value in values]
-    if node.attributes and any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+    if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
         return False
-    return any(value in shared for value in values) and all(
-        value in shared or is_constant for value, is_constant in zip(values, constant, strict=True)
-    )
+    return all(value in shared for value in values) and not all(value.is_initializer() for value in values)

@@ -116,7 +116,7 @@ def write_routed_folder(
 
 
 def copy_routed_folder(source: Path, folder: Path, *, overwrite: bool = False) -> None:
-    """Copy base, tokenizer and routers to another folder, which appears whole or not at all.
+    """Copy base, tokenizer and routers, and what is told of their making, to a folder that appears whole or not at all.
 
     Raises:
         OutputError: the folder can't be written, or holds something that is not ours to replace.
@@ -124,13 +124,14 @@ def copy_routed_folder(source: Path, folder: Path, *, overwrite: bool = False) -
     with staged_folder(folder, overwrite=overwrite, is_ours=is_routed_folder) as staging:
         for file in (*base_files(source), source / ROUTERS, source / ROUTER_CONFIG):
             shutil.copyfile(file, staging / file.name)
+        report = read_report(source)
+        if "rewrite" in report:
+            update_report(staging, "rewrite", report["rewrite"])
 
 
 def has_trained_routers(folder: Path) -> bool:
     """Whether time was spent on what the folder holds: trained routers, or checkpoints of a training."""
-    return is_routed_folder(folder) and (
-        "training" in read_report(folder) or any(folder.glob("checkpoint-*"))
-    )
+    return is_routed_folder(folder) and ("training" in read_report(folder) or any(folder.glob("checkpoint-*")))
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Load a base model for rewriting, and save it where plain transformers finds it again."""
 
+import json
 import logging
 import mmap
 from pathlib import Path
@@ -19,6 +20,7 @@ from modcompile.causality import check_is_causal
 from modcompile.checkpoint_config import load_config, load_error, summary
 from modcompile.checkpoint_files import check_gguf, check_weights
 from modcompile.checkpoint_sources import CheckpointSource, fetch_checkpoint
+from modcompile.durable_files import write_json
 from modcompile.errors import CheckpointError
 from modcompile.progress import quiet_transformers, show_elapsed
 
@@ -109,6 +111,14 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
             generation_config.to_json_file(folder / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
+
+
+def _name_tokenizer_for_all_versions(path: Path) -> None:
+    """Put down the name of transformers 5's general tokenizer class that transformers 4 (so optimum) knows, too."""
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _load_model(

@@ -124,7 +124,7 @@ def _table(evaluation: Evaluation, config: EvaluateConfig, gate: GateKind) -> st
         "hard": f"threshold {config.hard_threshold:g}",
     }
     text = f"{evaluation.predicted_tokens:,} predicted tokens of {_source(config)}"
-    lines = [f"{text}, {evaluation.sequences:,} sequences of {config.sequence_length}"]
+    lines = [f"{text}, {evaluation.sequences:,} sequences of up to {config.sequence_length}"]
     lines.append(f"{'':5}  {'perplexity':>10}  {'loss':>7}  {'active ratio':>12}")
     for mode, measured in evaluation.modes.items():
         lines.append(

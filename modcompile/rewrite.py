@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import set_seed
+
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data import DataConfig
+from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
 from modcompile.flags import parse_flags
@@ -35,15 +38,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         (RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments, ExportConfig, _Steps),
         argv,
     )
+    if training.resume_from_checkpoint is not None:
+        raise ConfigError("--resume_from_checkpoint goes on with a training: give it to python -m modcompile.train")
     source = find_checkpoint(name)
     output = Path(training.output_dir if training.has_output_dir else f"{source.name}-routed")
     check_routed_target(output, overwrite=training.overwrite_output_dir)
     base, tokenizer = load_base(source), load_tokenizer(source)
     # Before anything is written: whether the data can be used.
     blocks = load_training_blocks(data, tokenizer, base.config) if data.source else None
+    set_seed(training.seed)
     write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
     if blocks is not None:
-        train_routers(output, blocks, budget, training)
+        train_routers(output, output, blocks, budget, training)
     if steps.export:
         print(export_folder(output, output / "onnx", exporting).summary())
 

@@ -22,13 +22,27 @@ def check_routed_target(output: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: `output` can't be written or must not be.
     """
-    if has_trained_routers(output) and not overwrite:
-        raise OutputError(f"{output} holds trained routers; choose another --output_dir or pass --overwrite_output_dir")
+    check_trainable(output, overwrite=overwrite)
     check_writable_target(output, overwrite=overwrite, is_ours=is_routed_folder)
 
 
+def check_trainable(folder: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, to train in place of routers that took time to train.
+
+    Raises:
+        OutputError: there are such routers in `folder`.
+    """
+    if has_trained_routers(folder) and not overwrite:
+        raise OutputError(f"{folder} holds trained routers; choose another --output_dir or pass --overwrite_output_dir")
+
+
 def write_rewritten(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: RouterConfig, output: Path, *, overwrite: bool
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: RouterConfig,
+    output: Path,
+    *,
+    overwrite: bool,
 ) -> None:
     """Write the routed folder of a base model, with new routers, and say what it is.
 
@@ -47,7 +61,10 @@ def write_rewritten(
     }
     update_report(output, "rewrite", report)
     print(describe(model))
-    print(f"wrote {output}, untrained: run hard it is the dense model, soft its logits differ by at most {difference['soft']:.2g}")
+    print(
+        f"wrote {output}, untrained: run hard it is the dense model, soft its logits differ by at most "
+        f"{difference['soft']:.2g}"
+    )
 
 
 def rewrite_model(base: PreTrainedModel, config: RouterConfig) -> tuple[RoutedForCausalLM, dict[str, float]]:
@@ -74,8 +91,8 @@ def rewrite_model(base: PreTrainedModel, config: RouterConfig) -> tuple[RoutedFo
                 difference[name] = float((model(**inputs).logits - expected)[attention_mask == 1].abs().max())
     if difference["hard"] != 0:
         raise UnsupportedModelError(
-            f"the rewritten graph of {type(base).__name__} differs from the model by {difference['hard']:.2g}, though all its "
-            "gates are open; its layers are not alike, or depend on what a trace does not record"
+            f"the rewritten graph of {type(base).__name__} differs from the model by {difference['hard']:.2g}, though all "
+            "its gates are open; its layers are not alike, or depend on what a trace does not record"
         )
     model.reset_usage()
     return model, difference

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import DatasetDict
+from transformers import set_seed
 
-from modcompile.artifacts import copy_routed_folder, is_routed_folder, read_router_config
+from modcompile.artifacts import is_routed_folder, read_router_config
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
@@ -19,7 +20,7 @@ from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import parse_flags
-from modcompile.rewriting import check_routed_target, write_rewritten
+from modcompile.rewriting import check_routed_target, check_trainable, write_rewritten
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
 
@@ -41,21 +42,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = str(given.resolve()) if routed else model.model_name_or_path
     source = find_checkpoint(name)
     default = given if routed else Path(f"{source.name}-routed")
-    output = Path(training.output_dir) if training.has_output_dir else default
+    folder = output = Path(training.output_dir) if training.has_output_dir else default
 
-    if training.resume_from_checkpoint:
+    if training.resume_from_checkpoint is not None:
         blocks = _blocks_for(output, router, data)
     elif routed:
-        blocks = _blocks_for(given, router, data)
-        if output.resolve() != given.resolve():
+        if output.resolve() == given.resolve():
+            check_trainable(output, overwrite=overwrite)
+        else:
             check_routed_target(output, overwrite=overwrite)
-            copy_routed_folder(given, output, overwrite=overwrite)
+        folder = given
+        blocks = _blocks_for(given, router, data)
     else:
         check_routed_target(output, overwrite=overwrite)
         base, tokenizer = load_base(source), load_tokenizer(source)
         blocks = load_training_blocks(data, tokenizer, base.config)
+        set_seed(training.seed)
         write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
-    train_routers(output, blocks, budget, training)
+    train_routers(folder, output, blocks, budget, training)
     print(f"wrote {output}")
 
 
@@ -65,7 +69,8 @@ def _blocks_for(folder: Path, wanted: RouterConfig, data: DataConfig) -> Dataset
     if wanted not in (RouterConfig(), stored):
         # Not a surprise after the training: flags that would have made other routers.
         raise ConfigError(
-            f"{folder} has routers of its own ({stored}); leave the router flags out, or give the model that it was made from"
+            f"{folder} has routers of its own ({stored}); leave the router flags out, or give the model that it was made "
+            "from"
         )
     source = find_checkpoint(str(folder.resolve()))
     return load_training_blocks(data, load_tokenizer(source), load_config(source, fetch_checkpoint(source)))

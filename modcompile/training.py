@@ -1,22 +1,24 @@
 """Train the routers of a routed folder."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from modcompile.artifacts import ROUTERS, load_with_routers, save_router_weights, update_report
+from modcompile.artifacts import ROUTERS, copy_routed_folder, load_with_routers, save_router_weights, update_report
 from modcompile.config import BudgetConfig
 from modcompile.data import DataConfig
+from modcompile.disk_errors import output_errors
 from modcompile.durable_files import replace_file
-from modcompile.errors import ArtifactError, DataError
+from modcompile.errors import DataError
 from modcompile.packing import load_blocks
 from modcompile.progress import show_elapsed
 from modcompile.rewriting import describe, share_of_parameters
 from modcompile.trainer import RouterTrainer
 from modcompile.training_arguments import RouterTrainingArguments
+from modcompile.training_checkpoints import find_training_checkpoint, training_checkpoints
 
 
 def load_training_blocks(
@@ -29,20 +31,25 @@ def load_training_blocks(
         ConfigError: the sequence length is above the model's positions.
     """
     if tokenizer is None:
-        raise DataError("the model has no tokenizer, so no text can be made into tokens for it; add its tokenizer files")
+        raise DataError("the model has no tokenizer to make text into tokens with; add its tokenizer files")
     return load_blocks(data, tokenizer, max_positions=getattr(config, "max_position_embeddings", None))
 
 
-def train_routers(folder: Path, blocks: DatasetDict, budget: BudgetConfig, training: RouterTrainingArguments) -> dict[str, Any]:
-    """Train the routers in `folder`, in place, and return the metrics; checkpoints are written beside them.
+def train_routers(
+    folder: Path, output: Path, blocks: DatasetDict, budget: BudgetConfig, training: RouterTrainingArguments
+) -> dict[str, Any]:
+    """Train the routers of `folder` in `output`, the same folder or a copy, and return the metrics.
 
-    At every moment `folder` is whole: the routers are replaced in one step, at the end.
+    Checkpoints are written to `output`; its routers are replaced in one step, at the end, so that it is whole at every
+    moment. Unless the training resumes from one, checkpoints of an earlier training are removed.
 
     Raises:
-        ArtifactError: the folder is not a routed one, or there is no checkpoint to resume from.
+        ArtifactError: `folder` can't be used, or there is no checkpoint to resume from.
+        OutputError: `output` can't be written.
     """
-    training.output_dir = str(folder)
-    resume = _checkpoint(folder, training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    checkpoint = None if resume is None else find_training_checkpoint(output, resume)
+    training.output_dir = str(output)
     set_seed(training.seed)
     with show_elapsed("loading and tracing"):
         model = load_with_routers(folder, None, device=training.device, use_cache=False)
@@ -55,29 +62,20 @@ def train_routers(folder: Path, blocks: DatasetDict, budget: BudgetConfig, train
         eval_dataset=blocks["validation"],
         data_collator=default_data_collator,
     )
-    result = trainer.train(resume_from_checkpoint=resume)
+    # Nothing is written before it is known that all of the above can be used.
+    if output.resolve() != folder.resolve():
+        copy_routed_folder(folder, output, overwrite=training.overwrite_output_dir)
+    if checkpoint is None:
+        with output_errors(output):
+            for earlier in training_checkpoints(output):
+                shutil.rmtree(earlier)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    report = {"budget": vars(budget), "steps": result.global_step, "parameters": share_of_parameters(model)}
+    # Before the evaluation, which may be interrupted, or bring the routers to another dtype (--bf16_full_eval).
+    if trainer.is_world_process_zero():
+        replace_file(output / ROUTERS, lambda staging: save_router_weights(model, staging))
+        update_report(output, "training", report)
     metrics = {**result.metrics, **trainer.evaluate()}
     if trainer.is_world_process_zero():
-        replace_file(folder / ROUTERS, lambda staging: save_router_weights(model, staging))
-        report = {
-            "budget": vars(budget),
-            "steps": result.global_step,
-            "metrics": metrics,
-            "parameters": share_of_parameters(model),
-            "history": trainer.state.log_history,
-        }
-        update_report(folder, "training", report)
+        update_report(output, "training", {**report, "metrics": metrics, "history": trainer.state.log_history})
     return metrics
-
-
-def _checkpoint(folder: Path, resume: str | None) -> str | None:
-    """The checkpoint to resume from: a path, or with `true` the last one in `folder`."""
-    if resume is None or resume.lower() == "false":
-        return None
-    found = get_last_checkpoint(str(folder)) if resume.lower() == "true" else resume
-    if found is None or not Path(found).is_dir():
-        raise ArtifactError(
-            f"there is no checkpoint to resume from at {folder if found is None else found}; "
-            "give the path of one, or train without --resume_from_checkpoint"
-        )
-    return found

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from modcompile.config import check
+from modcompile.errors import ConfigError
 
 
 @dataclass
@@ -22,6 +23,9 @@ class RouterTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
     max_train_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps to train for, whatever the number of epochs (as --max_steps)."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Run each block again in the backward pass instead of keeping its activations."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -40,9 +44,15 @@ class RouterTrainingArguments(TrainingArguments):
         check("per_device_eval_batch_size", self.per_device_eval_batch_size, at_least=1)
         check("gradient_accumulation_steps", self.gradient_accumulation_steps, at_least=1)
         check("warmup_steps", self.warmup_steps, at_least=0)
+        for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+            if getattr(self, name):
+                raise ConfigError(f"--{name} changes what the frozen model computes, not its routers; leave it out")
         if self.max_train_steps is not None:
             check("max_train_steps", self.max_train_steps, at_least=1)
             self.max_steps = self.max_train_steps
+        # What transformers calls it from 5.23 on, where the old name draws a warning.
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = bool(self.activation_checkpointing) or self.gradient_checkpointing
         # Reports go to report.json and stdout, unless a service is asked for by name.
         self.report_to = "none" if self.report_to in (None, "all") else self.report_to
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()

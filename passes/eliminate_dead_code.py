@@ -20,7 +20,9 @@ from torch._ops import OpOverload
 
 def eliminate_dead_code(graph: fx.Graph) -> bool:
     """Remove dead nodes in place, placeholders and mutating calls excepted; tell whether there were any."""
-    return graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_mutating(node))
+    return graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output") or is_mutating(node)
+    )
 
 
 def is_mutating(node: fx.Node) -> bool:

@@ -65,6 +65,14 @@ def test_leaves_what_depends_on_one_layer_where_it_may_be_skipped() -> None:
             assert operators(node.attributes["then_branch"].as_graph()) == ["Mul", "Mul"]
 
 
+def test_leaves_the_product_with_a_weight_of_one_layer_where_it_may_be_skipped() -> None:
+    graph = LAYERS.replace("p0 = Mul(x, s0)", "q0 = Mul(s0, w0) p0 = Mul(x, q0)")
+    model = rewritten(graph, HoistShared())
+    branches = [operators(node.attributes["then_branch"].as_graph()) for node in model.graph if node.op_type == "If"]
+    assert branches == [["Mul", "Mul", "Mul"], ["Mul", "Mul"]]
+    assert_same(model, graph, feeds())
+
+
 def test_leaves_the_results_of_branches_in_them() -> None:
     graph = """
     results (float[B] x, bool first, bool second) => (float[B] y, float[B] z) {

@@ -64,7 +64,7 @@ def test_rest_of_the_report_stays(evaluated: tuple[dict[str, Any], str]) -> None
 
 def test_prints_a_plain_table(evaluated: tuple[dict[str, Any], str]) -> None:
     written, lines = evaluated[0]["evaluation"], evaluated[1].splitlines()
-    assert lines[0] == "189 predicted tokens of the built-in test split, 3 sequences of 64"
+    assert lines[0] == "189 predicted tokens of the built-in test split, 3 sequences of up to 64"
     assert lines[1].split() == ["perplexity", "loss", "active", "ratio"]
     notes = {
         "dense": "every gate open: the base model",

@@ -1,0 +1,63 @@
+import json
+import math
+from importlib.metadata import version
+
+import pytest
+
+from modcompile.export.verification import MAX_LOGIT_DIFFERENCE, MIN_EQUAL_ROUTES, Verification, versions
+from modcompile.version import __version__
+
+
+def failures(result: Verification) -> list[str]:
+    result.judge()
+    assert result.passed is (not result.failures)
+    return result.failures
+
+
+def test_the_bounds_are_those_promised() -> None:
+    assert MAX_LOGIT_DIFFERENCE == 1e-3
+    assert MIN_EQUAL_ROUTES == 0.999
+
+
+def test_passes_within_bounds() -> None:
+    assert failures(Verification(max_logit_difference=1e-3, equal_routes=0.999)) == []
+
+
+@pytest.mark.parametrize("difference", [1.1e-3, math.inf, math.nan])
+def test_fails_where_logits_differ(difference: float) -> None:
+    (failure,) = failures(Verification(max_logit_difference=difference))
+    assert failure == f"logits differ by {difference:.2g}, more than 0.001"
+
+
+@pytest.mark.parametrize("share", [0.9989, 0.0, math.nan])
+def test_fails_where_routes_differ(share: float) -> None:
+    assert failures(Verification(equal_routes=share)) == [f"only {share:.4%} of the routes are equal, less than 99.9%"]
+
+
+def test_fails_where_an_if_was_seen_from_one_side_only() -> None:
+    assert failures(Verification(never_executed=[3, 4], never_skipped=[5])) == [
+        "the If of layer 3 was never seen executed",
+        "the If of layer 5 was never seen skipped",
+    ]
+
+
+def test_tells_everything_that_failed() -> None:
+    assert len(failures(Verification(max_logit_difference=1.0, equal_routes=0.5, never_skipped=[0], never_executed=[0]))) == 4
+
+
+def test_json_holds_what_was_found() -> None:
+    result = Verification(max_logit_difference=1e-6, cases={"all skipped": 1e-6}, versions=versions())
+    result.judge()
+    data = json.loads(json.dumps(result.as_json()))
+    assert data["passed"] is True
+    assert data["bounds"] == {"max_logit_difference": 1e-3, "equal_routes": 0.999}
+    assert {"max_logit_difference", "equal_routes", "perplexity_torch", "perplexity_onnx", "active_ratio"} < data.keys()
+    result.failures.append("something")
+    assert result.as_json()["passed"] is False
+
+
+def test_tells_the_versions_of_what_took_part() -> None:
+    installed = {name: version(name) for name in ("onnx", "onnxruntime", "transformers")}
+    told = versions()
+    assert told.pop("torch").startswith(version("torch").partition("+")[0])
+    assert told == {"modcompile": __version__, **installed}

@@ -1,0 +1,127 @@
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from modcompile.config import BudgetConfig, RouterConfig, check_threshold
+from modcompile.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (RouterConfig, "router_hidden_size", 0),
+        (RouterConfig, "router_dropout", -0.1),
+        (RouterConfig, "router_dropout", 1.0),
+        (RouterConfig, "router_dropout", math.nan),
+        (RouterConfig, "router_pattern", "some"),
+        (RouterConfig, "router_start", -1),
+        (RouterConfig, "lock_first_layers", -1),
+        (RouterConfig, "lock_last_layers", -1),
+        (RouterConfig, "gate", "hard"),
+        (RouterConfig, "router_init_bias", 0.0),
+        (RouterConfig, "router_init_bias", -1.0),
+        (RouterConfig, "router_init_bias", math.nan),
+        (BudgetConfig, "router_lambda", -0.01),
+        (BudgetConfig, "router_lambda", math.nan),
+        (BudgetConfig, "router_lambda", math.inf),
+        (BudgetConfig, "target_active_ratio", -0.1),
+        (BudgetConfig, "target_active_ratio", 1.1),
+        (BudgetConfig, "target_active_ratio", math.nan),
+    ],
+)
+def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
+    config: type[RouterConfig | BudgetConfig], field: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"^--{field} is "):
+        config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (RouterConfig, "router_hidden_size", 1),
+        (RouterConfig, "router_dropout", 0.999),
+        (RouterConfig, "router_init_bias", 1e-3),
+        (BudgetConfig, "router_lambda", 0.0),
+        (BudgetConfig, "target_active_ratio", 0.0),
+        (BudgetConfig, "target_active_ratio", 1.0),
+    ],
+)
+def test_takes_the_ends_of_a_range(config: type[RouterConfig | BudgetConfig], field: str, value: Any) -> None:
+    assert getattr(config(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize("config", [RouterConfig, BudgetConfig])
+def test_every_option_says_what_it_is(config: type[RouterConfig | BudgetConfig]) -> None:
+    assert all(option.metadata["help"].endswith(".") or ";" in option.metadata["help"] for option in fields(config))
+
+
+@pytest.mark.parametrize(("gate", "bias"), [("soft", 4.0), ("straight_through", 1.5)])
+def test_initial_bias_depends_on_the_gate_unless_it_is_given(gate: Any, bias: float) -> None:
+    assert RouterConfig(gate=gate).init_bias == bias
+    assert RouterConfig(gate=gate, router_init_bias=2.0).init_bias == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"router_pattern": "every_other"}, [0, 2, 4]),
+        ({"router_start": 1, "router_pattern": "every_other"}, [1, 3, 5]),
+        ({"router_start": 2, "router_stop": 5}, [2, 3, 4]),
+        ({"router_start": 5}, [5]),
+        ({"router_stop": 1}, [0]),
+        ({"lock_first_layers": 2, "lock_last_layers": 1}, [2, 3, 4]),
+        # A lock takes layers away, and does not move the pattern.
+        ({"router_pattern": "every_other", "lock_first_layers": 1}, [2, 4]),
+        ({"router_start": 1, "router_stop": 5, "lock_first_layers": 3}, [3, 4]),
+    ],
+)
+def test_routed_layers(options: dict[str, Any], layers: list[int]) -> None:
+    assert RouterConfig(**options).routed_layers(6) == layers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router_start": 6},
+        {"router_start": 3, "router_stop": 3},
+        {"router_start": 4, "router_stop": 2},
+        {"router_stop": 7},
+        {"router_stop": 0},
+        {"router_stop": -1},
+    ],
+)
+def test_refuses_a_range_outside_of_the_model(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"--router_start .* --router_stop .* it has 6, so 0 <= start < stop <= 6"):
+        RouterConfig(**options).routed_layers(6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lock_first_layers": 6},
+        {"lock_first_layers": 3, "lock_last_layers": 3},
+        {"router_stop": 2, "lock_first_layers": 2},
+        {"router_start": 4, "lock_last_layers": 2},
+        {"lock_first_layers": 100},
+    ],
+)
+def test_refuses_to_route_nothing(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"no layer is left to route.* widen the range or lock fewer"):
+        RouterConfig(**options).routed_layers(6)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf])
+def test_refuses_a_threshold_that_is_none(value: float) -> None:
+    with pytest.raises(ConfigError, match="^--hard_threshold is "):
+        check_threshold(value)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 1, 2.5])
+def test_takes_any_other_threshold(value: float) -> None:
+    threshold = check_threshold(value)
+    assert threshold == value
+    assert isinstance(threshold, float)

@@ -1,0 +1,37 @@
+import math
+
+import torch
+
+from modcompile.routing_totals import RoutingTotals
+
+
+def _add(totals: RoutingTotals, *values: float) -> None:
+    totals.add(*(torch.tensor(value) for value in values))
+
+
+def test_means_weigh_every_token_alike() -> None:
+    totals = RoutingTotals()
+    _add(totals, 6.0, 3, 2.0, 0.4, 4)
+    _add(totals, 1.0, 1, 2.0, 0.0, 2)
+    means = totals.take()
+    assert means == {"lm_loss": 7 / 4, "active_ratio": 4 / 6, "budget_loss": torch.tensor(0.4).item() / 6}
+
+
+def test_begins_anew_once_taken() -> None:
+    totals = RoutingTotals()
+    _add(totals, 6.0, 3, 2.0, 0.5, 4)
+    totals.take()
+    _add(totals, 2.0, 2, 1.0, 0.0, 2)
+    assert totals.take() == {"lm_loss": 1.0, "active_ratio": 0.5, "budget_loss": 0.0}
+
+
+def test_is_not_a_number_without_a_batch() -> None:
+    assert all(math.isnan(value) for value in RoutingTotals().take().values())
+
+
+def test_keeps_no_graph_alive() -> None:
+    totals = RoutingTotals()
+    loss = torch.tensor(1.0, requires_grad=True)
+    totals.add(loss * 2, *(torch.tensor(1.0),) * 4)
+    assert totals.take()["lm_loss"] == 2.0
+    assert loss.grad is None
