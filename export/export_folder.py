@@ -25,7 +25,7 @@ from modcompile.export.verification_inputs import NUM_TEXTS, verification_cases
 from modcompile.export.verify_model import verify_model
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target, staged_folder
-from modcompile.progress import show_elapsed
+from modcompile.progress import quiet_transformers, show_elapsed
 
 VERIFICATION = "verification.json"
 
@@ -105,7 +105,8 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
 def _texts(model: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[Sequence[int]]:
     """Rows of held-out English, or of random tokens for a model without a tokenizer."""
     if tokenizer is not None:
-        tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids
+        with quiet_transformers():  # The text is longer than the model's positions, its parts are not.
+            tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids
         if len(tokens) >= NUM_TEXTS and max(tokens) < model.config.vocab_size:
             length = len(tokens) // NUM_TEXTS
             return [tokens[start * length :][:length] for start in range(NUM_TEXTS)]

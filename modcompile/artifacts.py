@@ -82,10 +82,14 @@ def read_router_config(folder: Path) -> RouterConfig:
         ArtifactError: it is missing, damaged, or of another version.
     """
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder; make one with python -m modcompile.rewrite MODEL --output_dir {folder}")
+        raise ArtifactError(
+            f"{folder} is not a folder; make one with python -m modcompile.rewrite MODEL --output_dir {folder}"
+        )
     path = folder / ROUTER_CONFIG
     if not path.is_file():
-        raise ArtifactError(f"{folder} has no {ROUTER_CONFIG}: it was not made by modcompile.rewrite, or not to its end")
+        raise ArtifactError(
+            f"{folder} has no {ROUTER_CONFIG}: it was not made by modcompile.rewrite, or not to its end"
+        )
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored["format_version"]

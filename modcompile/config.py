@@ -48,7 +48,9 @@ class RouterConfig:
     )
     router_init_bias: float | None = field(
         default=None,
-        metadata={"help": "Where router logits start; positive is open. By default 4.0 for soft, 1.5 for straight_through."},
+        metadata={
+            "help": "Where router logits start; positive is open. By default 4.0 for soft, 1.5 for straight_through."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -86,7 +88,8 @@ class RouterConfig:
         if not layers:
             raise ConfigError(
                 f"no layer is left to route: layers {self.router_start} to {stop - 1}, without the first "
-                f"{self.lock_first_layers} and the last {self.lock_last_layers} of {num_layers}; widen the range or lock fewer"
+                f"{self.lock_first_layers} and the last {self.lock_last_layers} of {num_layers}; widen the range or "
+                "lock fewer"
             )
         return layers
 

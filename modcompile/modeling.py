@@ -24,7 +24,7 @@ from modcompile.usage import RoutingUsage
 
 @dataclass
 class RoutedCausalLMOutput(CausalLMOutputWithPast):
-    """Adds the gates (soft) or routing masks (hard) `[B, T, 1]`, one a routed layer, and the mask of tokens `[B, T]`."""
+    """Adds the gates (soft) or routing masks (hard) `[B, T, 1]`, one a routed layer, and the tokens' mask `[B, T]`."""
 
     gates: tuple[torch.Tensor, ...] | None = None
     tokens: torch.Tensor | None = None
@@ -34,8 +34,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal LM that runs a routed graph: soft, to be trained, or hard, to be used.
 
     Soft (`hard_threshold` None), every block runs and is mixed by its gate. Hard, a block runs for a call if one of the
-    tokens has a gate above the threshold, changes those tokens only, and always appends its keys and values; no gradient
-    flows. `usage` counts what was active since `reset_usage()` or the last `generate()`.
+    tokens has a gate above the threshold, changes those tokens only, and always appends its keys and values; no
+    gradient flows. `usage` counts what was active since `reset_usage()` or the last `generate()`.
     """
 
     main_input_name = "input_ids"
@@ -109,7 +109,9 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             return
         given = hard_threshold if isinstance(hard_threshold, Sequence) else [hard_threshold] * len(self.routed_layers)
         if len(given) != len(self.routed_layers):
-            raise ConfigError(f"{len(given)} thresholds for {len(self.routed_layers)} routed layers; give one, or one each")
+            raise ConfigError(
+                f"{len(given)} thresholds for {len(self.routed_layers)} routed layers; give one, or one each"
+            )
         self._thresholds = torch.tensor([check_threshold(value) for value in given])
 
     def hard_graph(self) -> fx.GraphModule:

@@ -10,13 +10,19 @@ from transformers.utils import logging as transformers_logging
 
 _INTERVAL = 0.5  # seconds
 
+_free = threading.Lock()
+
 
 @contextmanager
 def show_elapsed(description: str, *, delay: float = 2.0) -> Iterator[None]:
     """`description` with the seconds so far on stderr, from `delay` seconds on; on a terminal they are kept up.
 
-    A thread of its own writes it: the calls this is for (a trace, a parser) have no steps to report.
+    A thread of its own writes it: the calls this is for (a trace, a parser) have no steps to report. Within another
+    call of this kind nothing is written, so that two lines never fight for one place.
     """
+    if not _free.acquire(blocking=False):
+        yield
+        return
     done = threading.Event()
     thread = threading.Thread(target=_write_elapsed, args=(description, delay, done), daemon=True)
     thread.start()
@@ -25,6 +31,7 @@ def show_elapsed(description: str, *, delay: float = 2.0) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        _free.release()
 
 
 @contextmanager

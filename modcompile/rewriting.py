@@ -91,8 +91,8 @@ def rewrite_model(base: PreTrainedModel, config: RouterConfig) -> tuple[RoutedFo
                 difference[name] = float((model(**inputs).logits - expected)[attention_mask == 1].abs().max())
     if difference["hard"] != 0:
         raise UnsupportedModelError(
-            f"the rewritten graph of {type(base).__name__} differs from the model by {difference['hard']:.2g}, though all "
-            "its gates are open; its layers are not alike, or depend on what a trace does not record"
+            f"the rewritten graph of {type(base).__name__} differs from the model by {difference['hard']:.2g}, though "
+            "all its gates are open; its layers are not alike, or depend on what a trace does not record"
         )
     model.reset_usage()
     return model, difference

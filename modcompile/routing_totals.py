@@ -19,7 +19,7 @@ class RoutingTotals:
         budget_loss: torch.Tensor,
         tokens: torch.Tensor,
     ) -> None:
-        """Add a batch: the sum of losses over its `predicted` tokens, and two sums over all its `tokens`; scalars all."""
+        """Add a batch, in scalars: the loss summed over its `predicted` tokens, two sums over all its `tokens`."""
         added = torch.stack([summed_loss, predicted, active, budget_loss, tokens]).detach()
         self._sums = added if self._sums is None else self._sums + added
 

@@ -35,7 +35,11 @@ class _Model:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the output folder, and train in it."""
     model, router, budget, data, training = parse_flags(
-        "modcompile.train", __doc__, None, (_Model, RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments), argv
+        "modcompile.train",
+        __doc__,
+        None,
+        (_Model, RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments),
+        argv,
     )
     given, overwrite = Path(model.model_name_or_path), training.overwrite_output_dir
     routed = is_routed_folder(given)

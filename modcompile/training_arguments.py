@@ -25,11 +25,14 @@ class RouterTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Optimizer steps to train for, whatever the number of epochs (as --max_steps)."}
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Run each block again in the backward pass instead of keeping its activations."}
+        default=False,
+        metadata={"help": "Run each block again in the backward pass, to keep fewer activations."},
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Go on from a checkpoint: its folder, or `true` for the last whole one in the output folder."},
+        metadata={
+            "help": "Go on from a checkpoint: its folder, or `true` for the last whole one in --output_dir."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an output folder that modcompile did not make, or trained routers."}

@@ -1,4 +1,4 @@
-"""The checkpoints of a training, `checkpoint-{step}` in its output folder: routers, optimizer, scheduler, random state."""
+"""Checkpoints of a training, `checkpoint-{step}` in its output folder: routers, optimizer, scheduler, random state."""
 
 import json
 import re

@@ -10,8 +10,8 @@ After::
     key, value = the part of f(x) that they need
     return key, value
 
-The default of `torch.fx` keeps attention, which it takes for random, drops what writes to a tensor in place, whose result
-nobody reads, and refuses graphs that no module owns yet.
+The default of `torch.fx` keeps attention, which it takes for random, drops what writes to a tensor in place, whose
+result nobody reads, and refuses graphs that no module owns yet.
 """
 
 from torch import fx

@@ -102,7 +102,7 @@ def _else_branch(block: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         if is_mutating(node):
             raise UnsupportedModelError(
-                f"a decoder block writes to a tensor in place ({node.target}), so what its keys and values need can't be "
-                "cut out of it; write that operation out of place"
+                f"a decoder block writes to a tensor in place ({node.target}), so what its keys and values need can't "
+                "be cut out of it; write that operation out of place"
             )
     return fx.GraphModule(block, graph)

@@ -42,7 +42,8 @@ def test_fails_where_an_if_was_seen_from_one_side_only() -> None:
 
 
 def test_tells_everything_that_failed() -> None:
-    assert len(failures(Verification(max_logit_difference=1.0, equal_routes=0.5, never_skipped=[0], never_executed=[0]))) == 4
+    everything = Verification(max_logit_difference=1.0, equal_routes=0.5, never_skipped=[0], never_executed=[0])
+    assert len(failures(everything)) == 4
 
 
 def test_json_holds_what_was_found() -> None:

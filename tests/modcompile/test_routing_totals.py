@@ -27,11 +27,3 @@ def test_begins_anew_once_taken() -> None:
 
 def test_is_not_a_number_without_a_batch() -> None:
     assert all(math.isnan(value) for value in RoutingTotals().take().values())
-
-
-def test_keeps_no_graph_alive() -> None:
-    totals = RoutingTotals()
-    loss = torch.tensor(1.0, requires_grad=True)
-    totals.add(loss * 2, *(torch.tensor(1.0),) * 4)
-    assert totals.take()["lm_loss"] == 2.0
-    assert loss.grad is None

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import fx, nn
 
+from modcompile.passes import lower_gates
 from modcompile.passes.code_key import code_key
+from tests.tiny_graphs import hard_graph, random_routers
 
 
 def _linear_graph(name: str = "x", size: int = 4, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
@@ -50,3 +52,12 @@ def test_settings_of_a_module_count() -> None:
     assert code_key(nn.LayerNorm(4)) == code_key(nn.LayerNorm(4))
     assert code_key(nn.LayerNorm(4)) != code_key(nn.LayerNorm(4, eps=1e-3))
     assert code_key(nn.LayerNorm(4)) != code_key(nn.LayerNorm(4, elementwise_affine=False))
+
+
+def test_branches_of_a_cond_count() -> None:
+    lowered = lower_gates(hard_graph("llama", random_routers([0, 2])))
+    first, second = (lowered.get_submodule(f"blocks.{layer}") for layer in (0, 2))
+    assert code_key(first) == code_key(second)
+    assert isinstance(second, fx.GraphModule)
+    children = {**dict(second.named_children()), "then_branch": second.get_submodule("else_branch")}
+    assert code_key(first) != code_key(fx.GraphModule(children, second.graph))

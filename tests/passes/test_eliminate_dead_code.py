@@ -35,3 +35,14 @@ def test_idempotent() -> None:
     graph = _graph()
     eliminate_dead_code(graph)
     assert not eliminate_dead_code(graph)
+
+
+def test_keeps_what_writes_to_a_tensor_that_is_read() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    copy = graph.call_function(torch.ops.aten.clone.default, (x,))
+    graph.call_function(torch.ops.aten.mul_.Tensor, (copy, 2))
+    graph.output((copy,))
+    assert not eliminate_dead_code(graph)
+    gm = fx.GraphModule({}, graph)
+    assert torch.equal(gm(torch.ones(2))[0], torch.full((2,), 2.0))

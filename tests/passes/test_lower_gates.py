@@ -5,13 +5,16 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from modcompile.passes import lower_gates
+from modcompile.errors import UnsupportedModelError
+from modcompile.passes import harden_gates, insert_depth_gates, lower_gates, outline_blocks
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.outlined_form import routed_layers
+from modcompile.routers import SoftGate
 from modcompile.tracing import find_layers
 from tests.model_inputs import make_inputs
 from tests.passes.forced_routing import ForcedRouter, force
 from tests.passes.routing_cases import ROUTED_LAYERS, RoutingCase, routing_cases
+from tests.passes.toy_stacks import SIZE, Stack, trace
 from tests.tiny_graphs import hard_graph, random_routers
 
 # What a block needs for its keys and values: the norm before attention, and the projections that make them.
@@ -124,3 +127,24 @@ def test_skip_branch_has_no_attention(lowered: fx.GraphModule) -> None:
 def test_layers_without_a_router_stay_as_they_are(outlined: fx.GraphModule, lowered: fx.GraphModule) -> None:
     assert lowered.get_submodule("blocks.1") is outlined.get_submodule("blocks.1")
     assert routed_layers(lowered) == list(ROUTED_LAYERS)
+
+
+def test_refuses_a_block_that_writes_in_place() -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(SIZE, SIZE)
+
+        def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.linear(hidden).mul_(mask)
+
+    class Masked(Stack):
+        def run_blocks(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                hidden = block(hidden, mask)
+            return hidden
+
+    outlined = outline_blocks(trace(Masked(Writing(), Writing())))
+    hard = harden_gates(insert_depth_gates(outlined, {1: nn.Linear(SIZE, 1)}, SoftGate()))
+    with pytest.raises(UnsupportedModelError, match=r"^a decoder block writes to a tensor in place \(aten\.mul_"):
+        lower_gates(hard)

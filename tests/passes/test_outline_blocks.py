@@ -96,7 +96,7 @@ def test_refuses_blocks_that_hand_on_two_values() -> None:
             return self.left(hidden), self.right(hidden)
 
     class Merging(Stack):
-        def run_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        def run_blocks(self, hidden: torch.Tensor, _mask: torch.Tensor) -> torch.Tensor:
             for block in self.blocks:
                 left, right = block(hidden)
                 hidden = left + right
@@ -108,7 +108,7 @@ def test_refuses_blocks_that_hand_on_two_values() -> None:
 
 def test_refuses_blocks_side_by_side() -> None:
     class Parallel(Stack):
-        def run_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        def run_blocks(self, hidden: torch.Tensor, _mask: torch.Tensor) -> torch.Tensor:
             return torch.stack([block(hidden) for block in self.blocks]).sum(0)
 
     with pytest.raises(UnsupportedModelError, match=r"^blocks\.1 does not take the hidden state"):
@@ -117,7 +117,7 @@ def test_refuses_blocks_side_by_side() -> None:
 
 def test_refuses_work_between_two_blocks() -> None:
     class Residual(Stack):
-        def run_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        def run_blocks(self, hidden: torch.Tensor, _mask: torch.Tensor) -> torch.Tensor:
             for block in self.blocks:
                 hidden = hidden + block(hidden)
             return hidden
@@ -128,7 +128,7 @@ def test_refuses_work_between_two_blocks() -> None:
 
 def test_refuses_a_second_value_made_between_two_blocks() -> None:
     class Fed(Stack):
-        def run_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        def run_blocks(self, hidden: torch.Tensor, _mask: torch.Tensor) -> torch.Tensor:
             for block in self.blocks:
                 hidden = block(hidden, hidden.sin())
             return hidden

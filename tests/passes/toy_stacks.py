@@ -17,7 +17,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(SIZE, 16)
 
-    def run_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+    def run_blocks(self, hidden: torch.Tensor, _mask: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             hidden = block(hidden)
         return hidden
@@ -25,8 +25,9 @@ class Stack(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        hidden = self.embed(input_ids) * attention_mask.unsqueeze(-1) + position_ids.unsqueeze(-1)
-        return self.head(self.run_blocks(hidden)), []
+        mask = attention_mask.unsqueeze(-1).to(torch.float32)
+        hidden = self.embed(input_ids) * mask + position_ids.unsqueeze(-1)
+        return self.head(self.run_blocks(hidden, mask)), []
 
 
 def trace(stack: nn.Module) -> fx.GraphModule:

@@ -1,0 +1,188 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from modcompile.artifacts import read_report, write_routed_folder
+from modcompile.config import RouterConfig
+from modcompile.errors import ArtifactError, OutputError, VerificationError
+from modcompile.export import verification
+from modcompile.export.export_config import ExportConfig
+from modcompile.export.export_folder import ExportResult, export_folder, is_onnx_folder
+from modcompile.export.session import MODEL_FILE
+from modcompile.routed_graph import build_routed
+from tests.export.prebuilt import use_prebuilt
+from tests.tiny_routed import tiny_base
+
+FILES = ["config.json", "generation_config.json", MODEL_FILE, f"{MODEL_FILE}.data", "tokenizer.json"] + [
+    "tokenizer_config.json",
+    "verification.json",
+]
+ROOT = Path(__file__).parents[2]
+TOKENS = 6 * (1 + 2 + 5 + 9 + 16 + 27 + 41 + 64 + 8 * 16)
+"""Eight texts, once alone and in five batches: their prefills, and 16 steps each."""
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """An export of an untrained model, whose gates are all equal, from beginning to end."""
+    folder = tmp_path_factory.mktemp("untrained") / "routed"
+    write_routed_folder(build_routed(tiny_base(), RouterConfig(router_hidden_size=8)), tokenizer, folder)
+    return export_folder(folder, folder / "onnx", ExportConfig(hard_threshold=0.4))
+
+
+@pytest.fixture
+def folder(routed_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(routed_folder, tmp_path / "routed"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stored(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "verification.json").read_text(encoding="utf-8")))
+
+
+def test_writes_the_model_its_tokenizer_and_what_was_proved(exported: ExportResult) -> None:
+    assert names(exported.output) == sorted(FILES)
+    assert is_onnx_folder(exported.output)
+    assert stored(exported.output) == json.loads(json.dumps(exported.verification.as_json()))
+    assert AutoConfig.from_pretrained(exported.output).model_type == "llama"
+    assert AutoTokenizer.from_pretrained(exported.output)("hello").input_ids
+    assert not [name for name in names(exported.output.parent) if name.startswith(".")]
+
+
+def test_proves_every_if_of_an_untrained_model_from_both_sides(exported: ExportResult) -> None:
+    proved = exported.verification
+    assert proved.passed
+    assert proved.max_logit_difference < 1e-4
+    assert proved.equal_routes == proved.active_ratio == 1.0
+    assert not proved.never_executed
+    assert not proved.never_skipped
+    assert proved.compared_tokens == TOKENS
+    assert proved.perplexity_onnx == pytest.approx(proved.perplexity_torch, rel=1e-4)
+
+
+def test_holds_the_thresholds_asked_for_and_tells_no_routes(exported: ExportResult) -> None:
+    graph = onnx.load(exported.output / MODEL_FILE, load_external_data=False).graph
+    (threshold,) = (tensor for tensor in graph.initializer if tensor.name == "routing_threshold")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(threshold), np.full(3, 0.4, np.float32))
+    presents = [f"present.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
+    assert [value.name for value in graph.output] == ["logits", *presents]
+
+
+def test_reports_to_the_routed_folder(exported: ExportResult) -> None:
+    report = read_report(exported.output.parent)["export"]
+    assert report["output"] == str(exported.output)
+    assert report["passed"] is True
+    assert report["seconds"].keys() == {"loading and tracing", "lowering to ONNX", "writing the ONNX model", "verifying"}
+
+
+def test_sums_up_in_three_lines(exported: ExportResult) -> None:
+    first, second, third = exported.summary().splitlines()
+    assert first.startswith(f"wrote {exported.output} (loading and tracing ")
+    assert second.startswith(f"verified on {TOKENS:,} tokens: logits differ by at most ")
+    assert second.endswith(f", 100.00% of {3 * TOKENS:,} routes are equal, every If was seen on both sides")
+    assert third.endswith("active ratio 1.000")
+
+
+def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_prebuilt(onnx_folder, monkeypatch)
+    earlier = folder / "onnx"
+    earlier.mkdir()
+    (earlier / "verification.json").write_text("{}", encoding="utf-8")
+    (earlier / "of_old").touch()
+    result = export_folder(folder, earlier, ExportConfig())
+    assert result.verification.passed
+    assert names(earlier) == sorted(FILES)
+
+
+def test_leaves_no_model_that_was_not_verified(
+    folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_prebuilt(onnx_folder, monkeypatch)
+    output = folder / "onnx"
+    shutil.copytree(onnx_folder, output)
+    (output / "verification.json").write_text("{}", encoding="utf-8")
+    with monkeypatch.context() as bounds:
+        bounds.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
+        expected = r"does not compute what PyTorch does: logits differ by \S+, more than -1 \(no model was left; details in "
+        with pytest.raises(VerificationError, match=expected):
+            export_folder(folder, output, ExportConfig())
+    assert names(output) == ["verification.json"]
+    assert stored(output)["passed"] is False
+    (failure,) = stored(output)["failures"]
+    assert str(failure).startswith("logits differ by ")
+    assert "export" not in read_report(folder)
+
+
+def test_a_kill_leaves_what_was_there_and_the_next_export_cleans_up(
+    folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = folder / "onnx"
+    output.mkdir()
+    (output / "verification.json").write_text("{}", encoding="utf-8")
+    script = """
+import os, signal, sys
+from pathlib import Path
+import onnx_ir as ir
+from modcompile.export import export_folder as module
+from modcompile.export.export_config import ExportConfig
+
+module.build_model = lambda *_, **__: ir.load(sys.argv[2])  # what it would build
+module.verification_cases = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+module.export_folder(Path(sys.argv[1]), Path(sys.argv[1]) / "onnx", ExportConfig())
+"""
+    command = [sys.executable, "-c", script, str(folder), str(onnx_folder / MODEL_FILE)]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert names(output) == ["verification.json"]
+    (partial,) = (path for path in folder.iterdir() if path.name.startswith(".onnx.partial-"))
+    assert (partial / MODEL_FILE).is_file()
+
+    use_prebuilt(onnx_folder, monkeypatch)
+    export_folder(folder, output, ExportConfig())
+    assert names(output) == sorted(FILES)
+    assert not partial.exists()
+
+
+def test_a_folder_without_a_tokenizer_is_verified_on_random_tokens(
+    folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_prebuilt(onnx_folder, monkeypatch)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    result = export_folder(folder, folder / "onnx", ExportConfig())
+    assert result.verification.passed
+    assert names(folder / "onnx") == sorted(set(FILES) - {"tokenizer.json", "tokenizer_config.json"})
+
+
+def test_refuses_a_folder_of_somebody_else(folder: Path) -> None:
+    foreign = folder / "onnx"
+    foreign.mkdir()
+    (foreign / "diary.txt").write_text("dear diary", encoding="utf-8")
+    with pytest.raises(OutputError, match="exists and was not made by modcompile"):
+        export_folder(folder, foreign, ExportConfig())
+    assert names(foreign) == ["diary.txt"]
+
+
+@pytest.mark.parametrize("up", [0, 1])
+def test_never_replaces_the_routed_folder_or_what_holds_it(folder: Path, up: int) -> None:
+    target, before = [folder, folder.parent][up], names(folder)
+    with pytest.raises(OutputError, match="is or holds the routed folder itself; choose another --output_dir$"):
+        export_folder(folder, target, ExportConfig(), overwrite=True)
+    assert names(folder) == before
+
+
+def test_a_folder_that_is_not_routed_gets_no_output(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        export_folder(tmp_path / "nothing", tmp_path / "onnx", ExportConfig())
+    assert not list(tmp_path.iterdir())
