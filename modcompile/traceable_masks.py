@@ -1,7 +1,7 @@
 """Attention masks that `torch.export` can record, on every supported version of transformers.
 
-transformers 4.57 makes its masks with `vmap`, which leaves tensors in a trace that can't be used outside of it; for its own
-exports it has a variant without, registered here while a model is traced. transformers 5 needs none of this.
+transformers 4.57 makes its masks with `vmap`, which leaves tensors in a trace that can't be used outside of it; for its
+own exports it has a variant without, registered here while a model is traced. transformers 5 needs none of this.
 """
 
 from collections.abc import Iterator

@@ -136,12 +136,13 @@ def truncated(layers: nn.ModuleList, depth: int) -> Iterator[None]:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off, and back to what it was."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _example_cache(model: PreTrainedModel) -> CacheTensors:

@@ -73,8 +73,7 @@ def _blocks_for(folder: Path, wanted: RouterConfig, data: DataConfig) -> Dataset
     if wanted not in (RouterConfig(), stored):
         # Not a surprise after the training: flags that would have made other routers.
         raise ConfigError(
-            f"{folder} has routers of its own ({stored}); leave the router flags out, or give the model that it was made "
-            "from"
+            f"{folder} has routers of its own ({stored}); leave the router flags out, or start from the base model"
         )
     source = find_checkpoint(str(folder.resolve()))
     return load_training_blocks(data, load_tokenizer(source), load_config(source, fetch_checkpoint(source)))

@@ -30,9 +30,7 @@ class RouterTrainingArguments(TrainingArguments):
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={
-            "help": "Go on from a checkpoint: its folder, or `true` for the last whole one in --output_dir."
-        },
+        metadata={"help": "Go on from a checkpoint: its folder, or `true` for the last whole one in --output_dir."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an output folder that modcompile did not make, or trained routers."}

@@ -16,7 +16,7 @@ def code_key(module: nn.Module) -> tuple[Any, ...]:
 
     def entry(node: fx.Node) -> tuple[Any, ...]:
         target = "" if node.op == "placeholder" else str(node.target)
-        args = str(fx.node.map_arg((node.args, node.kwargs), lambda arg: numbers[arg]))
+        args = str(fx.node.map_arg((node.args, node.kwargs), lambda arg: f"%{numbers[arg]}"))
         inner: Any = None
         if node.op == "call_module":
             inner = code_key(module.get_submodule(target))

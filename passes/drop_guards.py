@@ -12,7 +12,7 @@ After::
     z = f(x)
 
 `torch.export` specialises what it records to the example that it saw: without these nodes the same graph runs at
-other lengths (an empty cache among them), under autocast, in bf16, and on another device.
+other lengths (an empty cache among them), under autocast, and on another device.
 """
 
 import torch

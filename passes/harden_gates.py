@@ -79,8 +79,9 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
 def _harden_block(soft: fx.GraphModule) -> fx.GraphModule:
     graph, (_, *cache, _) = copy_graph(soft)
     (block,) = graph.find_nodes(op="call_module", target="block")
-    hidden, *_, last = graph.find_nodes(op="placeholder")
-    with graph.inserting_after(last):
+    inputs = graph.find_nodes(op="placeholder")
+    hidden = inputs[0]
+    with graph.inserting_after(inputs[-1]):
         token_mask = graph.placeholder("token_mask")
     with graph.inserting_after(token_mask):
         threshold_logit = graph.placeholder("threshold_logit")

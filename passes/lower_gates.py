@@ -33,7 +33,7 @@ from modcompile.passes.outlined_form import called_modules, copy_graph, routed_c
 def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the graph of `harden_gates` with each routed block's work under a `torch.cond`.
 
-    Keeps equal: every output, except the logits of padding. The branches share their parameters with the block.
+    Keeps equal: every output, except at padding. The branches share their parameters with the block.
 
     Raises:
         UnsupportedModelError: a block writes to a tensor in place.

@@ -68,7 +68,7 @@ def compose(*blocks: nn.Module) -> Composed:
 
 def calls(nodes: list[ir.Node]) -> dict[str, str]:
     """Which function every call runs, by the name of the call; those in branches included."""
-    found = {}
+    found: dict[str, str] = {}
     for node in nodes:
         if node.op_type == "If":
             for attribute in node.attributes.values():

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,10 +22,8 @@ from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_routed import tiny_base
 
-FILES = ["config.json", "generation_config.json", MODEL_FILE, f"{MODEL_FILE}.data", "tokenizer.json"] + [
-    "tokenizer_config.json",
-    "verification.json",
-]
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+FILES = {"config.json", "generation_config.json", MODEL_FILE, f"{MODEL_FILE}.data", "verification.json", *TOKENIZER}
 ROOT = Path(__file__).parents[2]
 TOKENS = 6 * (1 + 2 + 5 + 9 + 16 + 27 + 41 + 64 + 8 * 16)
 """Eight texts, once alone and in five batches: their prefills, and 16 steps each."""
@@ -43,16 +42,16 @@ def folder(routed_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(routed_folder, tmp_path / "routed"))
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-def stored(folder: Path) -> dict[str, object]:
+def stored(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "verification.json").read_text(encoding="utf-8")))
 
 
 def test_writes_the_model_its_tokenizer_and_what_was_proved(exported: ExportResult) -> None:
-    assert names(exported.output) == sorted(FILES)
+    assert names(exported.output) == FILES
     assert is_onnx_folder(exported.output)
     assert stored(exported.output) == json.loads(json.dumps(exported.verification.as_json()))
     assert AutoConfig.from_pretrained(exported.output).model_type == "llama"
@@ -83,7 +82,7 @@ def test_reports_to_the_routed_folder(exported: ExportResult) -> None:
     report = read_report(exported.output.parent)["export"]
     assert report["output"] == str(exported.output)
     assert report["passed"] is True
-    assert report["seconds"].keys() == {"loading and tracing", "lowering to ONNX", "writing the ONNX model", "verifying"}
+    assert list(report["seconds"]) == ["loading and tracing", "lowering to ONNX", "writing the ONNX model", "verifying"]
 
 
 def test_sums_up_in_three_lines(exported: ExportResult) -> None:
@@ -102,7 +101,7 @@ def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch
     (earlier / "of_old").touch()
     result = export_folder(folder, earlier, ExportConfig())
     assert result.verification.passed
-    assert names(earlier) == sorted(FILES)
+    assert names(earlier) == FILES
 
 
 def test_leaves_no_model_that_was_not_verified(
@@ -114,13 +113,13 @@ def test_leaves_no_model_that_was_not_verified(
     (output / "verification.json").write_text("{}", encoding="utf-8")
     with monkeypatch.context() as bounds:
         bounds.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
-        expected = r"does not compute what PyTorch does: logits differ by \S+, more than -1 \(no model was left; details in "
+        expected = r"does not compute what PyTorch does: logits differ by \S+, more than -1 \(no model was left; "
         with pytest.raises(VerificationError, match=expected):
             export_folder(folder, output, ExportConfig())
-    assert names(output) == ["verification.json"]
+    assert names(output) == {"verification.json"}
     assert stored(output)["passed"] is False
     (failure,) = stored(output)["failures"]
-    assert str(failure).startswith("logits differ by ")
+    assert failure.startswith("logits differ by ")
     assert "export" not in read_report(folder)
 
 
@@ -133,6 +132,7 @@ def test_a_kill_leaves_what_was_there_and_the_next_export_cleans_up(
     script = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 import onnx_ir as ir
 from modcompile.export import export_folder as module
 from modcompile.export.export_config import ExportConfig
@@ -144,13 +144,13 @@ module.export_folder(Path(sys.argv[1]), Path(sys.argv[1]) / "onnx", ExportConfig
     command = [sys.executable, "-c", script, str(folder), str(onnx_folder / MODEL_FILE)]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert names(output) == ["verification.json"]
+    assert names(output) == {"verification.json"}
     (partial,) = (path for path in folder.iterdir() if path.name.startswith(".onnx.partial-"))
     assert (partial / MODEL_FILE).is_file()
 
     use_prebuilt(onnx_folder, monkeypatch)
     export_folder(folder, output, ExportConfig())
-    assert names(output) == sorted(FILES)
+    assert names(output) == FILES
     assert not partial.exists()
 
 
@@ -162,7 +162,7 @@ def test_a_folder_without_a_tokenizer_is_verified_on_random_tokens(
         file.unlink()
     result = export_folder(folder, folder / "onnx", ExportConfig())
     assert result.verification.passed
-    assert names(folder / "onnx") == sorted(set(FILES) - {"tokenizer.json", "tokenizer_config.json"})
+    assert names(folder / "onnx") == FILES - TOKENIZER
 
 
 def test_refuses_a_folder_of_somebody_else(folder: Path) -> None:
@@ -171,13 +171,13 @@ def test_refuses_a_folder_of_somebody_else(folder: Path) -> None:
     (foreign / "diary.txt").write_text("dear diary", encoding="utf-8")
     with pytest.raises(OutputError, match="exists and was not made by modcompile"):
         export_folder(folder, foreign, ExportConfig())
-    assert names(foreign) == ["diary.txt"]
+    assert names(foreign) == {"diary.txt"}
 
 
 @pytest.mark.parametrize("up", [0, 1])
 def test_never_replaces_the_routed_folder_or_what_holds_it(folder: Path, up: int) -> None:
     target, before = [folder, folder.parent][up], names(folder)
-    with pytest.raises(OutputError, match="is or holds the routed folder itself; choose another --output_dir$"):
+    with pytest.raises(OutputError, match=r"is or holds the routed folder itself; choose another --output_dir$"):
         export_folder(folder, target, ExportConfig(), overwrite=True)
     assert names(folder) == before
 

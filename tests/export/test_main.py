@@ -71,9 +71,7 @@ def test_a_value_that_is_no_threshold_is_status_2(
     folder: Path, threshold: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(folder, "--hard_threshold", threshold) == 2
-    assert capsys.readouterr().err == (
-        f"error: --hard_threshold is {threshold}; it must be a number, at least 0\n"
-    )
+    assert capsys.readouterr().err == f"error: --hard_threshold is {threshold}; it must be a number, at least 0\n"
     assert not (folder / "onnx").exists()
 
 

@@ -48,21 +48,29 @@ def template() -> Template:
 
 def call(template: Template, module: nn.Module, inputs: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """Run the template on the parameters of a module."""
-    feeds = [ir.Value(name=f"input_{index}", type=ir.TensorType(ir.DataType.FLOAT)) for index in range(len(inputs))]
-    for value, tensor in zip(feeds, inputs, strict=True):
-        value.shape = ir.Shape([None] * tensor.dim())
+    feeds = {f"input_{index}": tensor.numpy() for index, tensor in enumerate(inputs)}
+    values = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None] * array.ndim))
+        for name, array in feeds.items()
+    ]
     tensors = [tensor_adapters.TorchTensor(get_attribute(module, name).detach(), name) for name in template.state]
     weights = [ir.Value(name=tensor.name, const_value=tensor) for tensor in tensors]
     constants = [ir.Value(name=f"constant.{v.name}", const_value=v.const_value) for v in template.constants]
-    node = ir.Node(DOMAIN, template.function.name, [*feeds, *weights, *constants], num_outputs=len(template.outputs))
+    node = ir.Node(DOMAIN, template.function.name, [*values, *weights, *constants], num_outputs=len(template.outputs))
     for index, (value, (example, _)) in enumerate(zip(node.outputs, template.outputs, strict=True)):
         value.name, value.shape = f"output_{index}", ir.Shape([None] * example.dim())
         value.type = ir.TensorType(tensor_adapters.from_torch_dtype(example.dtype))
-    imports = {"": OPSET, DOMAIN: 1}
-    graph = ir.Graph(feeds, node.outputs, nodes=[node], initializers=[*weights, *constants], opset_imports=imports, name="g")
+    graph = ir.Graph(
+        values,
+        node.outputs,
+        nodes=[node],
+        initializers=[*weights, *constants],
+        opset_imports={"": OPSET, DOMAIN: 1},
+        name="call",
+    )
     model = ir.Model(graph, ir_version=10, functions=[template.function.clone()])
     common_passes.InlinePass()(model)
-    return list(run(model, {value.name: t.numpy() for value, t in zip(feeds, inputs, strict=True)}).values())
+    return list(run(model, feeds).values())
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (1, 1), (4, 9)])

@@ -1,0 +1,284 @@
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import nn
+from transformers import default_data_collator
+
+from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.perplexity import evaluate_model
+from modcompile.routed_graph import build_routed
+from modcompile.trainer import RouterTrainer
+from modcompile.training_arguments import RouterTrainingArguments
+from tests.tiny_routed import tiny_base
+
+_LENGTH = 10
+_ALWAYS_OVER = BudgetConfig(router_lambda=2.0, target_active_ratio=0.0)
+
+
+@pytest.fixture(scope="module", params=["soft", "straight_through"])
+def built(request: pytest.FixtureRequest) -> tuple[RoutedForCausalLM, dict[int, Any]]:
+    """A model for training, and the state that its routers start from: some tokens are skipped."""
+    config = RouterConfig(router_hidden_size=8, gate=request.param)
+    model = build_routed(tiny_base(), config, use_cache=False)
+    torch.manual_seed(0)
+    for router in model.routers.values():
+        down = router.get_submodule("down")
+        assert isinstance(down, nn.Linear)
+        nn.init.normal_(down.weight, std=2.0)
+        nn.init.zeros_(down.bias)
+    return model, {layer: copy.deepcopy(router.state_dict()) for layer, router in model.routers.items()}
+
+
+@pytest.fixture
+def routed(built: tuple[RoutedForCausalLM, dict[int, Any]]) -> Iterator[RoutedForCausalLM]:
+    model, start = built
+    _reset(model, start)
+    yield model
+    model.gradient_checkpointing_disable()
+    model.eval()
+
+
+def _reset(model: RoutedForCausalLM, start: dict[int, Any]) -> None:
+    model.zero_grad()
+    for layer, router in model.routers.items():
+        router.load_state_dict(start[layer])
+
+
+def _routers(model: RoutedForCausalLM) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in model.router_parameters()])
+
+
+def _blocks(rows: int, *, padded: bool = True) -> Dataset:
+    """Random tokens; row i is i tokens shorter than the first."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 300, (rows, _LENGTH))
+    mask = (torch.arange(_LENGTH) < _LENGTH - torch.arange(rows).unsqueeze(1) * padded).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": labels.tolist()})
+
+
+def _batch(blocks: Dataset) -> dict[str, torch.Tensor]:
+    columns: dict[str, torch.Tensor] = blocks.with_format("torch")[:]
+    return columns
+
+
+def _trainer(
+    model: RoutedForCausalLM, folder: Path, budget: BudgetConfig, blocks: Dataset, **arguments: Any
+) -> RouterTrainer:
+    defaults = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    training = RouterTrainingArguments(output_dir=str(folder), **(defaults | arguments))
+    return RouterTrainer(
+        model,
+        budget,
+        args=training,
+        train_dataset=blocks,
+        eval_dataset=blocks,
+        data_collator=default_data_collator,
+    )
+
+
+def _expected(model: RoutedForCausalLM, batch: dict[str, torch.Tensor], target: float) -> tuple[float, float, float]:
+    """LM loss, active ratio and budget loss, layer by layer and row by row."""
+    with torch.no_grad():
+        output = model(**batch)
+    gates = [
+        float(gate[row, column, 0])
+        for gate in output.gates
+        for row, column in batch["attention_mask"].nonzero().tolist()
+    ]
+    active_ratio = sum(gates) / len(gates)
+    return float(output.loss), active_ratio, max(active_ratio - target, 0)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("router_lambda", [0.0, 0.01, 5.0])
+def test_loss_is_that_of_the_formula(
+    routed: RoutedForCausalLM, tmp_path: Path, router_lambda: float, target: float
+) -> None:
+    blocks = _blocks(4)
+    trainer = _trainer(routed, tmp_path, BudgetConfig(router_lambda, target), blocks)
+    lm_loss, active_ratio, budget_loss = _expected(routed, _batch(blocks), target)
+    assert 0.1 < active_ratio < 0.95
+    loss = trainer.compute_loss(routed, _batch(blocks))
+    assert float(loss) == pytest.approx(lm_loss + router_lambda * budget_loss)
+
+
+def test_without_lambda_no_budget_is_in_the_gradient(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    batch = _batch(_blocks(4))
+    trainer = _trainer(routed, tmp_path, BudgetConfig(0.0, 0.0), _blocks(4))
+    trainer.compute_loss(routed, batch).backward()
+    actual = [parameter.grad for parameter in routed.router_parameters()]
+    routed.zero_grad()
+    routed(**batch).loss.backward()
+    torch.testing.assert_close(actual, [parameter.grad for parameter in routed.router_parameters()])
+
+
+def test_trains_the_routers_and_nothing_else(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    base = copy.deepcopy(routed.base.state_dict())
+    routers = _routers(routed)
+    _trainer(routed, tmp_path, _ALWAYS_OVER, _blocks(4), max_steps=2).train()
+    assert not torch.equal(_routers(routed), routers)
+    torch.testing.assert_close(routed.base.state_dict(), base, rtol=0, atol=0)
+
+
+def test_lowers_the_active_ratio_to_its_target(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    budget = BudgetConfig(router_lambda=30, target_active_ratio=0.2)
+    blocks = _blocks(8, padded=False)
+    arguments = {"max_steps": 25, "learning_rate": 0.05, "logging_strategy": "no"}
+    trainer = _trainer(routed, tmp_path, budget, blocks, **arguments)
+    before = trainer.evaluate()["eval_active_ratio"]
+    trainer.train()
+    after = trainer.evaluate()["eval_active_ratio"]
+    assert before > 0.4
+    assert after < 0.3
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_accumulated_batches_update_as_one_large_batch(
+    built: tuple[RoutedForCausalLM, dict[int, Any]], tmp_path: Path, rows: int
+) -> None:
+    """Rows differ in length; with five rows the second update has fewer batches than the first."""
+    model, start = built
+    arguments = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "num_train_epochs": 1}
+    updates = []
+    for sizes in ((4, 1), (1, 4), (2, 2)):
+        _reset(model, start)
+        before = _routers(model)
+        batch_size, accumulation = sizes
+        _trainer(
+            model,
+            tmp_path,
+            _ALWAYS_OVER,
+            _blocks(rows),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            **arguments,
+        ).train()
+        updates.append(_routers(model) - before)
+    assert updates[0].abs().max() > 1e-2
+    for update in updates[1:]:
+        torch.testing.assert_close(update, updates[0], rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_updates_the_same(
+    built: tuple[RoutedForCausalLM, dict[int, Any]], tmp_path: Path
+) -> None:
+    model, start = built
+    routers = []
+    for enabled in (False, True):
+        _reset(model, start)
+        _trainer(model, tmp_path, _ALWAYS_OVER, _blocks(4), max_steps=2, gradient_checkpointing=enabled).train()
+        routers.append(_routers(model))
+    model.gradient_checkpointing_disable()
+    assert torch.equal(*routers)
+
+
+def test_bf16_trains_routers_that_stay_in_float32(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    before = _routers(routed)
+    trainer = _trainer(routed, tmp_path, _ALWAYS_OVER, _blocks(4), max_steps=2, bf16=True)
+    trainer.train()
+    assert {parameter.dtype for parameter in routed.parameters()} == {torch.float32}
+    assert _routers(routed).isfinite().all()
+    assert not torch.equal(_routers(routed), before)
+    assert trainer.state.log_history[0]["lm_loss"] == pytest.approx(_expected_at(routed, before), rel=0.02)
+
+
+def _expected_at(model: RoutedForCausalLM, routers: torch.Tensor) -> float:
+    nn.utils.vector_to_parameters(routers, model.router_parameters())
+    return _expected(model, _batch(_blocks(4)), 0.0)[0]
+
+
+def test_metric_line_is_of_the_whole_update(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    """With a target between the ratios of two batches, the budget loss is the mean of what each batch was charged."""
+    blocks = _blocks(4)
+    rows = [_batch(blocks.select([row])) for row in range(4)]
+    ratios = [_expected(routed, row, 0.0)[1] for row in rows]
+    target = sum(ratios) / 4
+    tokens = [int(row["attention_mask"].sum()) for row in rows]
+    charged = sum(max(ratio - target, 0) * count for ratio, count in zip(ratios, tokens, strict=True)) / sum(tokens)
+    lm_loss, active_ratio, _ = _expected(routed, _batch(blocks), target)
+    trainer = _trainer(
+        routed,
+        tmp_path,
+        BudgetConfig(3.0, target),
+        blocks,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+    )
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["lm_loss"] == pytest.approx(lm_loss, rel=1e-5)
+    assert line["active_ratio"] == pytest.approx(active_ratio, rel=1e-5)
+    assert line["budget_loss"] == pytest.approx(charged, rel=1e-4)
+    assert line["loss"] == pytest.approx(lm_loss + 3.0 * charged, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_evaluation_weighs_every_token_alike(routed: RoutedForCausalLM, tmp_path: Path, batch_size: int) -> None:
+    blocks = _blocks(4)
+    budget = BudgetConfig(2.0, 0.3)
+    metrics = _trainer(routed, tmp_path, budget, blocks, per_device_eval_batch_size=batch_size).evaluate()
+    lm_loss, active_ratio, budget_loss = _expected(routed, _batch(blocks), 0.3)
+    assert metrics["eval_lm_loss"] == pytest.approx(lm_loss, rel=1e-5)
+    assert metrics["eval_active_ratio"] == pytest.approx(active_ratio, rel=1e-5)
+    assert metrics["eval_budget_loss"] == pytest.approx(budget_loss, rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(lm_loss + 2.0 * budget_loss, rel=1e-5)
+    soft = evaluate_model(routed, blocks).soft
+    assert metrics["eval_perplexity"] == pytest.approx(soft.perplexity, rel=1e-5)
+    assert metrics["eval_active_ratio"] == pytest.approx(soft.active_ratio, rel=1e-5)
+
+
+def test_checkpoints_hold_the_routers_and_no_base(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    trainer = _trainer(routed, tmp_path, _ALWAYS_OVER, _blocks(4), max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert {file.name for file in checkpoint.iterdir()} == {
+        "optimizer.pt",
+        "rng_state.pth",
+        "router_config.json",
+        "routers.safetensors",
+        "scheduler.pt",
+        "trainer_state.json",
+    }
+    stored = load_file(checkpoint / "routers.safetensors")
+    assert all(name.startswith("routers.") for name in stored)
+    assert sum(tensor.numel() for tensor in stored.values()) == _routers(routed).numel()
+    size_of_routers = 4 * _routers(routed).numel()
+    # Routers, two moments of each parameter, and some kilobytes of states and headers.
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 3 * size_of_routers + 60_000
+
+
+def test_loads_the_best_routers_at_the_end(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    trainer = _trainer(
+        routed,
+        tmp_path,
+        BudgetConfig(30, 0.0),
+        _blocks(4),
+        max_steps=6,
+        learning_rate=0.05,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=3,
+        eval_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="active_ratio",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    best, last = (load_file(tmp_path / f"checkpoint-{step}" / "routers.safetensors") for step in (3, 6))
+    trained = {
+        f"routers.{layer}.{name}": tensor
+        for layer, router in routed.routers.items()
+        for name, tensor in router.state_dict().items()
+    }
+    torch.testing.assert_close(trained, best, rtol=0, atol=0)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
