@@ -1,8 +1,8 @@
 """python -m benchmarks.routing_cost: what routing costs and gains in ONNX Runtime, and what an export takes.
 
 Exports a model dense and routed (routers everywhere, fp32), then measures in turn: the plain dense export; the routed
-one with every block executed; with ten blocks always skipped; with all skipped. Then exports it again at twice the depth
-(layers repeated), for the growth of export time. Writes benchmarks/results/routing_cost.json and .md.
+one with every block executed; with ten blocks always skipped; with all skipped. Then exports it again at twice the
+depth (layers repeated), for the growth of export time. Writes benchmarks/results/routing_cost.json and .md.
 """
 
 import argparse
@@ -140,8 +140,8 @@ def table(result: dict[str, Any]) -> str:
         f"- Overhead of routers and `If`s, none skipped, against the dense export: {none / dense - 1:+.1%}.",
         f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth {deep / seconds:.2f} x.",
         f"- Peak memory of that: {result['peak_mib']:.0f} MiB, for a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
-        f"- {arguments['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}, "
-         f"medians of {arguments['repeats']} alternating repeats.",
+        f"- {arguments['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}.",
+        f"- Medians of {arguments['repeats']} alternating repeats.",
         "",
     ]
     return "\n".join(lines)

@@ -10,11 +10,12 @@ from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modcompile.artifacts import base_files, write_routed_folder
+from modcompile.checkpoints import save_base
 from modcompile.export.build_model import build_model
 from modcompile.export.session import MODEL_FILE
 from tests.tiny_graphs import flat_graph, outlined_graph, shared_model
 from tests.tiny_models import ARCHITECTURES
-from tests.tiny_routed import tiny_routed
+from tests.tiny_routed import tiny_base, tiny_routed
 from tests.tiny_tokenizer import make_tokenizer
 
 # The same examples in every run: a failure is then the change's, not the draw's.
@@ -55,6 +56,22 @@ def llama() -> PreTrainedModel:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens with EOS and padding, shared by all tests: not to be changed."""
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of `tiny_base` with its tokenizer, shared by all tests: not to be changed."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    save_base(tiny_base(), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some two thousand tokens of text."""
+    file = tmp_path_factory.mktemp("text") / "train.txt"
+    file.write_text("".join(f"Line {index} says little that line {index - 1} did not.\n" for index in range(60)))
+    return file
 
 
 @pytest.fixture(scope="session")

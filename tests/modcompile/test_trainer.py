@@ -107,7 +107,7 @@ def test_loss_is_that_of_the_formula(
     lm_loss, active_ratio, budget_loss = _expected(routed, _batch(blocks), target)
     assert 0.1 < active_ratio < 0.95
     loss = trainer.compute_loss(routed, _batch(blocks))
-    assert float(loss) == pytest.approx(lm_loss + router_lambda * budget_loss)
+    assert loss.item() == pytest.approx(lm_loss + router_lambda * budget_loss)
 
 
 def test_without_lambda_no_budget_is_in_the_gradient(routed: RoutedForCausalLM, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_accumulated_batches_update_as_one_large_batch(
         updates.append(_routers(model) - before)
     assert updates[0].abs().max() > 1e-2
     for update in updates[1:]:
-        torch.testing.assert_close(update, updates[0], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(update, updates[0], rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_checkpointing_updates_the_same(
