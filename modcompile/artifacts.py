@@ -69,7 +69,12 @@ def load_with_routers(
     folder = Path(folder)
     config = read_router_config(folder)
     base: Any = load_base(find_checkpoint(str(folder.resolve())))
-    model = build_routed(base.to(device=device, dtype=dtype), config, use_cache=use_cache)
+    try:
+        model = build_routed(base.to(device=device, dtype=dtype), config, use_cache=use_cache)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{folder / ROUTER_CONFIG} does not fit the model beside it ({error}); run modcompile.rewrite again"
+        ) from error
     load_routers(model, folder)
     model.set_router_mode(hard_threshold)
     return model

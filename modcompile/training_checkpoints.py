@@ -12,8 +12,9 @@ _STATE = "trainer_state.json"  # what the HF Trainer writes last
 
 def training_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, those cut short included, in the order of their steps."""
-    found = [(match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for match, path in sorted(found, key=lambda pair: int(pair[0][1]))]
+    found = {path: _NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match is not None}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def find_training_checkpoint(folder: Path, wanted: str) -> Path:

@@ -1,0 +1,242 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from modcompile.artifacts import load_with_routers, read_report, read_router_config
+from modcompile.cli import run
+from modcompile.config import RouterConfig
+from modcompile.train import main
+from tests.folder_contents import contents
+
+# Up to the second checkpoint; then the process ends as a machine that loses its power.
+_DIES_AT_ITS_FIRST_CHECKPOINT = """
+import os, signal, sys
+from modcompile.train import main
+from modcompile.trainer import RouterTrainer
+
+save_checkpoint = RouterTrainer._save_checkpoint
+
+def save_and_die(self, *args):
+    save_checkpoint(self, *args)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+RouterTrainer._save_checkpoint = save_and_die
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has a default place is written to the current folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def data(train_file: Path) -> list[str]:
+    """Flags of a training of seconds."""
+    return [
+        *("--train_file", str(train_file), "--sequence_length", "16", "--per_device_train_batch_size", "2"),
+        *("--max_train_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--max_eval_samples", "2"),
+    ]
+
+
+def _error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says before it exits with status 2; progress of what takes seconds set aside."""
+    assert run(lambda: main(argv)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("…")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def _hash_of_base(folder: Path) -> str:
+    return contents(folder)["model.safetensors"]
+
+
+def test_rewrites_and_trains_a_base_model(base_folder: Path, data: list[str], tmp_path: Path) -> None:
+    before = contents(base_folder)
+    flags = ["--router_hidden_size", "8", "--lock_first_layers", "1", "--gate", "soft", "--router_lambda", "3"]
+    main(["--model_name_or_path", str(base_folder), "--output_dir", str(tmp_path / "out"), *data, *flags])
+    assert contents(base_folder) == before
+    assert _hash_of_base(tmp_path / "out") == _hash_of_base(base_folder)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = load_with_routers(tmp_path / "out")
+    assert model.router_config == RouterConfig(router_hidden_size=8, lock_first_layers=1, gate="soft")
+    assert model.routed_layers == (1, 2)
+    report = read_report(tmp_path / "out")
+    assert set(report) == {"rewrite", "training"}
+    assert report["training"]["steps"] == 2
+    assert report["training"]["budget"]["router_lambda"] == 3.0
+
+
+def test_default_place_is_named_after_the_model(base_folder: Path, data: list[str], tmp_path: Path) -> None:
+    main(["--model_name_or_path", str(base_folder), *data])
+    assert [path.name for path in Path.cwd().iterdir()] == ["tiny-routed"]
+
+
+def test_trains_a_routed_folder_in_place(routed_folder: Path, data: list[str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(routed_folder, "mine"))
+    before = contents(folder)
+    main(["--model_name_or_path", "mine", *data])
+    after = contents(folder)
+    assert {name for name in after if after[name] != before.get(name)} == {"routers.safetensors", "report.json"}
+
+
+def test_trains_in_place_in_the_current_folder(
+    routed_folder: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(routed_folder, "mine")
+    monkeypatch.chdir("mine")
+    main(["--model_name_or_path", ".", *data])
+    assert "training" in read_report(Path())
+
+
+def test_trains_a_routed_folder_to_another(routed_folder: Path, data: list[str], tmp_path: Path) -> None:
+    before = contents(routed_folder)
+    main(["--model_name_or_path", str(routed_folder), "--output_dir", str(tmp_path / "out"), *data])
+    assert contents(routed_folder) == before
+    assert _hash_of_base(tmp_path / "out") == _hash_of_base(routed_folder)
+    assert read_router_config(tmp_path / "out") == read_router_config(routed_folder)
+    trained, untrained = (load_file(folder / "routers.safetensors") for folder in (tmp_path / "out", routed_folder))
+    assert any(not trained[name].equal(untrained[name]) for name in trained)
+
+
+def test_trains_with_the_other_flags(routed_folder: Path, data: list[str], tmp_path: Path) -> None:
+    flags = ["--gradient_checkpointing", "--bf16", "--use_cpu", "--gradient_accumulation_steps", "2"]
+    flags += ["--warmup_steps", "1", "--weight_decay", "0.1", "--lr_scheduler_type", "cosine"]
+    main(["--model_name_or_path", str(routed_folder), "--output_dir", str(tmp_path / "out"), *data, *flags])
+    assert read_report(tmp_path / "out")["training"]["steps"] == 2
+    assert _hash_of_base(tmp_path / "out") == _hash_of_base(routed_folder)
+
+
+def test_seed_decides_where_routers_start(base_folder: Path, data: list[str], tmp_path: Path) -> None:
+    hashes = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        out = tmp_path / name
+        argv = ["--model_name_or_path", str(base_folder), "--output_dir", str(out), *data]
+        main([*argv, "--seed", seed, "--max_train_steps", "1", "--learning_rate", "0"])
+        hashes.append(contents(out)["routers.safetensors"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_resumes_after_a_kill_as_if_there_had_been_none(base_folder: Path, data: list[str], tmp_path: Path) -> None:
+    argv = ["--model_name_or_path", str(base_folder), *data, "--router_dropout", "0.3"]
+    argv += ["--max_train_steps", "6", "--save_strategy", "steps", "--save_steps", "3"]
+    main([*argv, "--output_dir", str(tmp_path / "whole")])
+    killed = tmp_path / "killed"
+    flags = [*argv, "--output_dir", str(killed)]
+    result = subprocess.run(
+        [sys.executable, "-c", _DIES_AT_ITS_FIRST_CHECKPOINT, *flags],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    # Killed, the folder is whole, with routers that are not trained yet.
+    assert load_with_routers(killed).hard_thresholds == [0.5] * 3
+    assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-3"}
+    assert "training" not in read_report(killed)
+    # What was being written when the power went.
+    (killed / "checkpoint-6").mkdir()
+    (killed / "checkpoint-6" / "routers.safetensors").write_bytes(b"half")
+    main([*flags, "--resume_from_checkpoint", "true"])
+    assert contents(killed)["routers.safetensors"] == contents(tmp_path / "whole")["routers.safetensors"]
+    assert _hash_of_base(killed) == _hash_of_base(base_folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model_name_or_path", "no/such/model"], "no/such/model"),
+        (["--router_start", "3"], "--router_start 3 --router_stop 3"),
+        (["--router_stop", "4"], "--router_stop 4"),
+        (["--router_start", "-1"], "--router_start is -1"),
+        (["--lock_first_layers", "2", "--lock_last_layers", "1"], "no layer is left to route"),
+        (["--target_active_ratio", "1.5"], "--target_active_ratio is 1.5"),
+        (["--target_active_ratio", "nan"], "--target_active_ratio is nan"),
+        (["--router_lambda", "-1"], "--router_lambda is -1"),
+        (["--router_lambda", "nan"], "--router_lambda is nan"),
+        (["--router_init_bias", "0"], "--router_init_bias is 0"),
+        (["--gate", "hard"], "--gate"),
+        (["--sequence_length", "129"], "--sequence_length 129 is above the 128 positions"),
+        (["--sequence_length", "1"], "--sequence_length is 1"),
+        (["--max_train_steps", "0"], "--max_train_steps is 0"),
+        (["--train_file", "empty.txt"], "empty.txt is empty"),
+        (["--train_file", "blank.txt"], "blank texts"),
+        (["--train_file", "one.txt"], "fewer than two tokens"),
+        (["--train_file", "none.txt"], "none.txt does not exist"),
+        (["--validation_file", "one.txt"], "fewer than two tokens"),
+        (["--dataset_name", "builtin"], "--dataset_name and --train_file exclude each other"),
+        (["--resume_from_checkpoint", "true"], "is not a folder"),
+        (["--no_such_flag"], "--no_such_flag"),
+        (["--learning_rate", "fast"], "--learning_rate"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_written(
+    base_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    for name, text in (("empty.txt", ""), ("blank.txt", " \n\n"), ("one.txt", "a")):
+        Path(name).write_text(text)
+    before = contents(Path())
+    argv = ["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, *flags]
+    assert says in _error(argv, capsys)
+    assert contents(Path()) == before
+    assert not Path("out").exists()
+
+
+def test_needs_data_and_a_model(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no data" in _error(["--model_name_or_path", str(base_folder), "--output_dir", "out"], capsys)
+    assert "--model_name_or_path" in _error(["--output_dir", "out"], capsys)
+    assert list(Path().iterdir()) == []
+
+
+def test_refuses_other_routers_than_those_of_the_folder(
+    routed_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_name_or_path", str(routed_folder), "--output_dir", "out", *data]
+    assert "has routers of its own" in _error([*argv, "--router_hidden_size", "16"], capsys)
+    assert not Path("out").exists()
+
+
+def test_refuses_a_folder_of_another_version(
+    routed_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(routed_folder, "mine"))
+    stored: dict[str, Any] = json.loads((folder / "router_config.json").read_text())
+    (folder / "router_config.json").write_text(json.dumps(stored | {"format_version": 7}))
+    before = contents(folder)
+    assert "has format 7" in _error(["--model_name_or_path", "mine", *data], capsys)
+    assert contents(folder) == before
+
+
+def test_keeps_what_is_not_its_own(base_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out", "thesis.txt").write_text("years of work")
+    for model in (base_folder, "."):
+        argv = ["--model_name_or_path", str(model), "--output_dir", "out", *data]
+        assert re.search(r"was not made by modcompile|has no config\.json", _error(argv, capsys))
+    assert contents(Path("out")).keys() == {"thesis.txt"}
+
+
+def test_keeps_trained_routers_until_told_otherwise(
+    routed_folder: Path, base_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--model_name_or_path", str(routed_folder), "--output_dir", "out", *data])
+    before = contents(Path("out"))
+    capsys.readouterr()
+    for model in (routed_folder, base_folder, "out"):
+        argv = ["--model_name_or_path", str(model), "--output_dir", "out", *data]
+        assert "out holds trained routers" in _error(argv, capsys)
+    assert contents(Path("out")) == before
+    main(["--model_name_or_path", "out", *data, "--overwrite_output_dir", "--seed", "1"])
+    assert contents(Path("out"))["routers.safetensors"] != before["routers.safetensors"]
