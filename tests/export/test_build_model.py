@@ -12,6 +12,8 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from modcompile.export.build_model import build_model
+from modcompile.export.hoist_shared import HoistShared
+from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.passes import lower_gates
 from tests.export.onnx_text import operators
 from tests.model_inputs import ModelInputs, make_inputs
@@ -170,11 +172,9 @@ def test_skip_branch_holds_the_projections_of_keys_and_values_and_no_other_weigh
         assert names in ({"k_proj", "v_proj"}, {"c_attn"})
 
 
-def test_no_branch_transposes_a_weight(built: Built) -> None:
-    for node in built.conditionals:
-        for attribute in node.attributes.values():
-            transposed = [inner.inputs[0] for inner in attribute.as_graph() if inner.op_type == "Transpose"]
-            assert not any(value is None or value.is_initializer() for value in transposed)
+def test_nothing_is_left_to_hoist_or_to_transpose(built: Built) -> None:
+    assert not HoistShared()(built.model).modified
+    assert not PretransposeWeights()(built.model).modified
 
 
 def test_every_weight_is_stored_once(built: Built) -> None:

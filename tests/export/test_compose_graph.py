@@ -29,7 +29,11 @@ class Block(nn.Module):
 
 
 class SharingStack(Stack):
-    """Like a decoder's, its blocks take a tensor that is the same for all."""
+    """Like a decoder's, its blocks take a tensor that is the same for all; the embedding is tied to the head."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.head.weight = self.embed.weight
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
@@ -103,7 +107,7 @@ def test_every_routed_block_is_an_if_with_a_call_in_each_branch(six_blocks: Comp
         assert condition.name == f"blocks.{layer}.decide.2"
 
 
-def test_every_parameter_is_one_initializer_that_is_no_copy(six_blocks: Composed) -> None:
+def test_every_parameter_is_one_initializer_and_not_copied(six_blocks: Composed) -> None:
     tensors = [value.const_value for value in six_blocks.composer.initializers.values()]
     held = [tensor.raw.data_ptr() for tensor in tensors if isinstance(tensor, TorchTensor)]
     parameters = [*six_blocks.gm.parameters(), six_blocks.gm.get_buffer("routing_threshold")]

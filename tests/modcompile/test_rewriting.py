@@ -24,7 +24,7 @@ _CONFIG = RouterConfig(router_hidden_size=8, router_pattern="every_other")
 def test_untrained_it_is_the_dense_model_hard_and_close_to_it_soft() -> None:
     model, difference = rewrite_model(tiny_base(), RouterConfig(router_hidden_size=8, gate="soft"))
     assert difference["hard"] == 0
-    assert 0 < difference["soft"]
+    assert difference["soft"] > 0
     _, closer = rewrite_model(tiny_base(), RouterConfig(router_hidden_size=8, gate="soft", router_init_bias=9.0))
     assert closer["soft"] < difference["soft"] / 10
     assert model.hard_thresholds is None
@@ -40,7 +40,9 @@ def test_refuses_a_graph_that_is_not_the_model() -> None:
     base = tiny_model("llama", num_layers=4)
     layer = base.get_submodule("model.layers.3")
     layer.register_forward_hook(lambda _, args, output: output + 1)
-    with pytest.raises(UnsupportedModelError, match="the rewritten graph of LlamaForCausalLM differs from the model by"):
+    with pytest.raises(
+        UnsupportedModelError, match="the rewritten graph of LlamaForCausalLM differs from the model by"
+    ):
         rewrite_model(base, _CONFIG)
 
 

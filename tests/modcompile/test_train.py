@@ -195,7 +195,8 @@ def test_bad_input_is_one_line_and_nothing_written(
 
 
 def test_needs_data_and_a_model(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no data" in _error(["--model_name_or_path", str(base_folder), "--output_dir", "out"], capsys)
+    argv = ["--model_name_or_path", str(base_folder), "--output_dir", "out", "--sequence_length", "16"]
+    assert "no data" in _error(argv, capsys)
     assert "--model_name_or_path" in _error(["--output_dir", "out"], capsys)
     assert list(Path().iterdir()) == []
 

@@ -67,9 +67,7 @@ def test_trains_in_a_copy(folder: Path, blocks: DatasetDict, tmp_path: Path) -> 
     assert set(read_report(tmp_path / "out")) == {"rewrite", "training"}
 
 
-def test_report_tells_of_the_training(
-    folder: Path, blocks: DatasetDict, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_tells_of_the_training(folder: Path, blocks: DatasetDict, capsys: pytest.CaptureFixture[str]) -> None:
     returned = train_routers(folder, folder, blocks, _BUDGET, _arguments(save_strategy="no"))
     stdout = capsys.readouterr().out
     report = json.loads((folder / "report.json").read_text())["training"]
