@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_writes_a_model_that_is_the_dense_one_until_it_is_trained(base_folder: P
     assert read_router_config(Path("tiny-routed")) == RouterConfig(lock_last_layers=1)
 
     tokenizer = AutoTokenizer.from_pretrained("tiny-routed")
-    dense = AutoModelForCausalLM.from_pretrained("tiny-routed")
+    dense: Any = AutoModelForCausalLM.from_pretrained("tiny-routed")
     model = load_with_routers("tiny-routed", hard_threshold=0.5)
     prompt = tokenizer("hello", return_tensors="pt").input_ids
     options = {"max_new_tokens": 10, "do_sample": False}
@@ -151,9 +152,9 @@ def _tiny_bert() -> PreTrainedModel:
 
 
 def _tiny_t5() -> PreTrainedModel:
-    return T5ForConditionalGeneration(
-        T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=96, decoder_start_token_id=0)
-    )
+    config = T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=96)
+    config.decoder_start_token_id = 0
+    return T5ForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize(

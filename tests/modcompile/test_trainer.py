@@ -72,7 +72,12 @@ def _batch(blocks: Dataset) -> dict[str, torch.Tensor]:
 def _trainer(
     model: RoutedForCausalLM, folder: Path, budget: BudgetConfig, blocks: Dataset, **arguments: Any
 ) -> RouterTrainer:
-    defaults = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    defaults: dict[str, Any] = {
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
     training = RouterTrainingArguments(output_dir=str(folder), **(defaults | arguments))
     return RouterTrainer(
         model,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from modcompile.artifacts import load_with_routers, read_report, update_report
 from modcompile.config import BudgetConfig
@@ -155,7 +155,7 @@ def test_writes_nothing_of_a_folder_that_is_damaged(
 
 
 def test_blocks_are_those_of_the_data_and_the_model(train_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = PretrainedConfig(max_position_embeddings=32)
+    config = LlamaConfig(max_position_embeddings=32)
     blocks = load_training_blocks(DataConfig(train_file=str(train_file), sequence_length=32), tokenizer, config)
     assert set(blocks) == {"train", "validation"}
     assert blocks["train"].column_names == ["input_ids", "attention_mask", "labels"]
