@@ -75,10 +75,12 @@ def test_writes_a_model_that_is_the_dense_one_until_it_is_trained(base_folder: P
     assert model.active_ratio == 1
 
 
-def test_replaces_routers_that_nobody_trained(base_folder: Path) -> None:
-    for start in ("0", "1"):
-        main([str(base_folder), "--output_dir", "out", "--router_start", start])
-        assert read_router_config(Path("out")).router_start == int(start)
+def test_seed_decides_where_routers_start_and_they_are_replaced_until_trained(base_folder: Path) -> None:
+    hashes = []
+    for seed in ("1", "1", "2"):
+        main([str(base_folder), "--output_dir", "out", "--seed", seed])
+        hashes.append(contents(Path("out"))["routers.safetensors"])
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_takes_a_routed_folder_as_the_model_in_it(routed_folder: Path) -> None:

@@ -119,16 +119,6 @@ def test_trains_with_the_other_flags(routed_folder: Path, data: list[str], tmp_p
     assert _hash_of_base(tmp_path / "out") == _hash_of_base(routed_folder)
 
 
-def test_seed_decides_where_routers_start(base_folder: Path, data: list[str], tmp_path: Path) -> None:
-    hashes = []
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        out = tmp_path / name
-        argv = ["--model_name_or_path", str(base_folder), "--output_dir", str(out), *data]
-        main([*argv, "--seed", seed, "--max_train_steps", "1", "--learning_rate", "0"])
-        hashes.append(contents(out)["routers.safetensors"])
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
 def test_resumes_after_a_kill_as_if_there_had_been_none(base_folder: Path, data: list[str], tmp_path: Path) -> None:
     argv = ["--model_name_or_path", str(base_folder), *data, "--router_dropout", "0.3"]
     argv += ["--max_train_steps", "6", "--save_strategy", "steps", "--save_steps", "3"]
