@@ -41,7 +41,8 @@ def _edit_config(folder: Path, change: Any) -> None:
 
 
 def test_folder_holds_base_tokenizer_and_routers(routed_folder: Path) -> None:
-    assert set(contents(routed_folder)) == {
+    # transformers 4.57 splits the tokenizer's files further.
+    assert set(contents(routed_folder)) - {"special_tokens_map.json"} == {
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -193,14 +194,10 @@ def test_replaces_a_folder_of_ours_and_no_other(routed_folder: Path, copied: Pat
 
 
 def test_base_files_are_those_of_the_base(copied: Path) -> None:
+    expected = contents(copied).keys() - {"router_config.json", "routers.safetensors"}
     update_report(copied, "rewrite", {})
-    assert [file.name for file in base_files(copied)] == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    (copied / "onnx").mkdir()
+    assert [file.name for file in base_files(copied)] == sorted(expected)
 
 
 def test_report_keeps_its_other_parts(tmp_path: Path) -> None:
