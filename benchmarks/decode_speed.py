@@ -1,8 +1,16 @@
-"""Prefill and decode times of ONNX Runtime sessions, taken in turn so that a noisy machine is noisy for all alike."""
+"""Prefill and decode times of ONNX Runtime sessions, taken in turn so that a noisy machine is noisy for all alike.
+
+Each session has a process of its own, anew in every round. The waiting threads of a second session in one process cost
+the first up to a quarter of its speed, and where its weights come to lie in memory makes the same model up to 3 %
+faster or slower, for as long as it is loaded.
+"""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -29,8 +37,31 @@ class Speed:
 
     @property
     def decode_spread(self) -> float:
-        """(largest - smallest) / median of the repeats."""
-        return (max(self.decode) - min(self.decode)) / statistics.median(self.decode)
+        """Range of the middle half of the repeats, relative to their median."""
+        lower, median, upper = statistics.quantiles(self.decode, n=4)
+        return (upper - lower) / median
+
+    def decode_against(self, other: "Speed") -> tuple[float, float, float]:
+        """Quartiles of the ratio of decode times, this to the other, each pair of one repeat: lower, median, upper."""
+        ratios = [mine / theirs for mine, theirs in zip(self.decode, other.decode, strict=True)]
+        lower, median, upper = statistics.quantiles(ratios, n=4)
+        return lower, median, upper
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and the thresholds that it runs at."""
+
+    model_file: Path
+    thresholds: Sequence[float] | None = None
+
+
+def time_case(case: Case, prompt: np.ndarray, new_tokens: int, threads: int, repeats: int) -> list[tuple[float, float]]:
+    """`time_decode` of each repeat, after one to warm up."""
+    session = RoutedSession(
+        case.model_file, thresholds=case.thresholds, num_threads=threads, providers=["CPUExecutionProvider"]
+    )
+    return [time_decode(session, prompt, new_tokens) for _ in range(repeats + 1)][1:]
 
 
 def time_decode(session: RoutedSession, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
@@ -48,15 +79,16 @@ def time_decode(session: RoutedSession, prompt: np.ndarray, new_tokens: int) -> 
 
 
 def compare(
-    cases: Mapping[str, Callable[[], RoutedSession]], prompt: np.ndarray, new_tokens: int, repeats: int
+    cases: Mapping[str, Case], prompt: np.ndarray, new_tokens: int, *, threads: int, rounds: int, repeats: int
 ) -> dict[str, Speed]:
-    """Each case `repeats` times, in turn; every case gives the session to run, set to its thresholds."""
+    """Time the cases in turn, `rounds` times; each time in a process of its own, for `repeats` times there."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    for repeat in range(repeats + 1):
-        for name, session in cases.items():
-            measured = time_decode(session(), prompt, new_tokens)
-            if repeat:  # the first round warms up
-                times[name].append(measured)
+    processes = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
+    with processes:
+        for number in range(rounds):
+            for name in list(cases)[:: 1 if number % 2 else -1]:
+                task = processes.submit(time_case, cases[name], prompt, new_tokens, threads, repeats)
+                times[name].extend(task.result())
     return {
         name: Speed(tuple(prefill for prefill, _ in taken), tuple(decode for _, decode in taken))
         for name, taken in times.items()

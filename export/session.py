@@ -46,6 +46,9 @@ class RoutedSession:
             raise ArtifactError(f"{model_file} does not exist; make it with python -m modcompile.export DIR")
         options = ort.SessionOptions()
         options.log_severity_level = 3  # else a line of warning for the optional input, at every load
+        # A plan of memory is good for one shape, and with a growing cache every step has another: in every branch of
+        # every layer a plan would be looked up, made and stored.
+        options.enable_mem_pattern = False
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         try:

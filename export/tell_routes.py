@@ -8,12 +8,13 @@ Before::
 After::
 
     hidden, key, value, told = If(needed,
-        then_branch = { …  told = Or(routing_mask, Not(ReduceMax(routing_mask))) },
-        else_branch = { …  told = And(routing_mask, false) })
+        then_branch = { …  told = Or(open, Not(ReduceMax(open))) },
+        else_branch = { …  told = And(open, false) })
     routing.{layer} = Squeeze(told, 2)
 
 What is told is made inside the branches, so it is what was done and not what was asked for: a layer that ran although
 no token needed it tells that it ran for all of them, and one that was skipped tells that it ran for none.
+Padding, too, is told of as what was done with it.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class TellRoutes(ir.passes.InPlacePass):
     """Add `routing.{layer}` (bool `[B, T]`) for each of `layers`, or have what has this name tell what was done.
 
     Raises:
-        VerificationError: a layer has no `If`, or no routing mask, of its own.
+        VerificationError: a layer has no `If`, or no decision, of its own.
     """
 
     layers: Sequence[int]
@@ -39,12 +40,12 @@ class TellRoutes(ir.passes.InPlacePass):
         values = {value.name: value for node in model.graph for value in node.outputs}
         names = {value.name for value in model.graph.outputs}
         for layer in self.layers:
-            conditional, mask = nodes.get(f"blocks.{layer}.if"), values.get(f"blocks.{layer}.decide.1")
-            if conditional is None or mask is None:
+            conditional, is_open = nodes.get(f"blocks.{layer}.if"), values.get(f"blocks.{layer}.decide.0")
+            if conditional is None or is_open is None:
                 raise VerificationError(f"layer {layer} has no If of its own")
-            shipped = [use for use in mask.uses() if use.node.outputs[0] in model.graph.outputs]
-            told = _tell(conditional, mask, f"blocks.{layer}.told")
-            for node, index in shipped:
+            told = _tell(conditional, is_open, f"blocks.{layer}.told")
+            mask = values.get(f"blocks.{layer}.decide.1")
+            for node, index in mask.uses() if mask is not None else ():
                 node.replace_input_with(index, told)
             if f"routing.{layer}" not in names:
                 axis = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [2])])
@@ -53,16 +54,16 @@ class TellRoutes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(self.layers))
 
 
-def _tell(conditional: ir.Node, mask: ir.Value, name: str) -> ir.Value:
+def _tell(conditional: ir.Node, is_open: ir.Value, name: str) -> ir.Value:
     then_branch, else_branch = (conditional.attributes[branch].as_graph() for branch in ("then_branch", "else_branch"))
-    needed = ir.Node("", "ReduceMax", [mask], [ir.AttrInt64("keepdims", 0)])
+    needed = ir.Node("", "ReduceMax", [is_open], [ir.AttrInt64("keepdims", 0)])
     idle = ir.Node("", "Not", [needed.outputs[0]])
-    _return(then_branch, [needed, idle], ir.Node("", "Or", [mask, idle.outputs[0]]), f"{name}.executed")
+    _return(then_branch, [needed, idle], ir.Node("", "Or", [is_open, idle.outputs[0]]), f"{name}.executed")
     no = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(False))])
-    _return(else_branch, [no], ir.Node("", "And", [mask, no.outputs[0]]), f"{name}.skipped")
+    _return(else_branch, [no], ir.Node("", "And", [is_open, no.outputs[0]]), f"{name}.skipped")
     conditional.resize_outputs(len(conditional.outputs) + 1)
     told = conditional.outputs[-1]
-    told.name, told.type = name, mask.type
+    told.name, told.type = name, is_open.type
     return told
 
 

@@ -4,27 +4,43 @@ import torch
 from torch import nn
 
 
-class DepthRouter(nn.Module):
-    """Hidden state `[B, T, H]` → `router_logits [B, T, 1]`: LayerNorm → Linear → SiLU → dropout → Linear.
+class DepthScore(nn.Module):
+    """Hidden state `[B, T, H]` → score `[B, T, 1]`: LayerNorm → Linear → SiLU → dropout → Linear.
 
-    The last weight starts at zero and its bias at `init_bias`: at the start every gate is `sigmoid(init_bias)`, open.
-    The norm has no weights of its own, so that a router's size is that of its two linears.
+    On a small model what a router costs is its number of operators, so none is spent on a bias: that of the first
+    linear is the norm's (there is one only where there is no norm), that of the last stands in the router.
+    """
+
+    def __init__(self, hidden_size: int, router_hidden_size: int, *, dropout: float, layer_norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        self.up = nn.Linear(hidden_size, router_hidden_size, bias=not layer_norm)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(router_hidden_size, 1, bias=False)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        hidden = self.dropout(nn.functional.silu(self.up(self.norm(hidden_state))))
+        score: torch.Tensor = self.down(hidden)
+        return score
+
+
+class DepthRouter(nn.Module):
+    """Hidden state `[B, T, H]` → `router_logits [B, T, 1]`: `score(hidden) + bias`.
+
+    The score starts at zero and the bias at `init_bias`: at the start every gate is `sigmoid(init_bias)`, open. They
+    stand apart so that `harden_gates` can move the bias into the threshold.
     """
 
     def __init__(
         self, hidden_size: int, router_hidden_size: int, *, dropout: float, layer_norm: bool, init_bias: float
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False) if layer_norm else nn.Identity()
-        self.up = nn.Linear(hidden_size, router_hidden_size)
-        self.dropout = nn.Dropout(dropout)
-        self.down = nn.Linear(router_hidden_size, 1)
-        nn.init.zeros_(self.down.weight)
-        nn.init.constant_(self.down.bias, init_bias)
+        self.score = DepthScore(hidden_size, router_hidden_size, dropout=dropout, layer_norm=layer_norm)
+        self.bias = nn.Parameter(torch.full((1,), init_bias))
+        nn.init.zeros_(self.score.down.weight)
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.dropout(nn.functional.silu(self.up(self.norm(hidden_state))))
-        logits: torch.Tensor = self.down(hidden)
+        logits: torch.Tensor = self.score(hidden_state) + self.bias
         return logits
 
 

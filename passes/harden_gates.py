@@ -9,20 +9,24 @@ Before, in a routed block::
 
 After, with a threshold for each routed layer as the buffer `routing_threshold [R]` of the graph::
 
-    open, routing_mask = decide(hidden, token_mask, threshold_logit)
+    open, routing_mask = decide(hidden, least_score, token_mask)
     y, key, value = block(hidden, …)
     hidden = where(open, y, hidden)
 
-    decide:  open = router(hidden) > threshold_logit;  routing_mask = open & token_mask
+    decide:  open = score(hidden) > least_score;  routing_mask = open & token_mask
 
-`sigmoid(router_logits) > threshold` is decided on logits: `threshold_logit` is `log(t / (1 - t))` of the threshold
-clamped to [0, 1], worked out once for all layers. So a threshold of 0 is -inf and executes every token even where the
-sigmoid would round to 0, one of 1 or more is +inf and skips every token, and no sigmoid is left in a layer.
-`token_mask` is false where the attention mask says padding. Padding never counts as asking for work; its own hidden
-state, which no token ever attends to, still follows its gate, so that a threshold of 0 is the dense model everywhere.
+where a router is `score(hidden) + bias`. What `sigmoid(router_logits) > threshold` has for all layers in common is
+worked out once: `least_score [B, T, 1]` is `log(t / (1 - t)) - bias` of the threshold t clamped to [0, 1]. So a
+threshold of 0 is -inf and executes every token even where the sigmoid would round to 0, one of 1 or more is +inf and
+skips every token, and a layer is left with one comparison.
+
+`token_mask` is false where the attention mask says padding. Padding is never open and so asks for no work, except at a
+threshold of 0: there it is executed like any token, so that the result is the dense model's everywhere.
 """
 
 import operator
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -32,15 +36,23 @@ from modcompile.passes.outlined_form import called_modules, copy_graph, results,
 
 
 class RoutingInputs(nn.Module):
-    """What all layers' decisions share: the mask of tokens `[B, T, 1]`, and one logit a routed layer, `[1]` each."""
+    """What the decisions of all layers share: the mask of tokens, and the least score of each routed layer.
+
+    All are `[B, T, 1]`. The routers' biases are shared with the routers.
+    """
+
+    def __init__(self, biases: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.biases = nn.ParameterList(biases)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_threshold: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
+        token_mask = (attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :] != 0).unsqueeze(-1)
         threshold = routing_threshold.clamp(0, 1)
-        threshold_logits = torch.log(threshold / (1 - threshold))
-        tokens = attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :].unsqueeze(-1)
-        return tokens != 0, *torch.split(threshold_logits, 1)
+        of_tokens = torch.log(threshold / (1 - threshold)) - torch.cat(list(self.biases))
+        of_padding = torch.where(threshold > 0, float("inf"), float("-inf"))
+        return token_mask, *torch.split(torch.where(token_mask, of_tokens, of_padding), 1, dim=-1)
 
 
 def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
@@ -49,13 +61,15 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
     A routing mask is true for the tokens (padding excluded) that the layer is executed for. The buffer
     `routing_threshold` starts at 0.5 for every routed layer. Blocks and routers are shared with `gm`.
 
-    Keeps equal: keys and values of every layer; the hidden state wherever a gate is exactly 0 or 1.
+    Keeps equal: keys and values of every layer; the hidden state of every token whose gate is exactly 0 or 1.
     """
     graph, outputs = copy_graph(gm)
     calls = routed_calls(gm, graph)
     modules: dict[str, nn.Module | torch.Tensor] = dict(called_modules(gm))
-    modules["routing_inputs"] = RoutingInputs()
-    modules["routing_threshold"] = torch.full((len(calls),), 0.5, device=next(gm.parameters()).device)
+    device = next(gm.parameters()).device
+    routers = [_score_and_bias(gm.get_submodule(f"{call.target}.router"), device) for call in calls]
+    modules["routing_inputs"] = RoutingInputs(bias for _, bias in routers)
+    modules["routing_threshold"] = torch.full((len(calls),), 0.5, device=device)
 
     input_ids, attention_mask, *_, last = graph.find_nodes(op="placeholder")
     with graph.inserting_after(last):
@@ -64,39 +78,45 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
         shared = graph.call_module("routing_inputs", (input_ids, attention_mask, threshold))
     with graph.inserting_after(shared):
         token_mask = graph.call_function(operator.getitem, (shared, 0))
-    for position, call in enumerate(calls):
+    for position, (call, (score, _)) in enumerate(zip(calls, routers, strict=True)):
         with graph.inserting_before(call):
-            threshold_logit = graph.call_function(operator.getitem, (shared, 1 + position))
-        call.args += (token_mask, threshold_logit)
+            least_score = graph.call_function(operator.getitem, (shared, 1 + position))
+        call.args += (least_score, token_mask)
         block = gm.get_submodule(str(call.target))
         assert isinstance(block, fx.GraphModule)
-        modules[str(call.target)] = _harden_block(block)
+        modules[str(call.target)] = _harden_block(block, score)
     graph.output(outputs)
     graph.lint()
     return fx.GraphModule(modules, graph)
 
 
-def _harden_block(soft: fx.GraphModule) -> fx.GraphModule:
+def _score_and_bias(router: nn.Module, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
+    """A router as `score(hidden) + bias`; one that does not tell them apart is all score."""
+    if hasattr(router, "score"):
+        return cast(nn.Module, router.score), cast(torch.Tensor, router.bias)
+    return router, torch.zeros(1, device=device)
+
+
+def _harden_block(soft: fx.GraphModule, score: nn.Module) -> fx.GraphModule:
     graph, (_, *cache, _) = copy_graph(soft)
     (block,) = graph.find_nodes(op="call_module", target="block")
     inputs = graph.find_nodes(op="placeholder")
     hidden = inputs[0]
     with graph.inserting_after(inputs[-1]):
+        least_score = graph.placeholder("least_score")
+    with graph.inserting_after(least_score):
         token_mask = graph.placeholder("token_mask")
-    with graph.inserting_after(token_mask):
-        threshold_logit = graph.placeholder("threshold_logit")
-    decision = graph.call_module("decide", (hidden, token_mask, threshold_logit))
+    decision = graph.call_module("decide", (hidden, least_score, token_mask))
     is_open, routing_mask = [graph.call_function(operator.getitem, (decision, index)) for index in range(2)]
     chosen = graph.call_function(torch.where, (is_open, results(block)[0], hidden))
     graph.output((chosen, *cache, routing_mask))
     eliminate_dead_code(graph)
-    children = {"decide": _decide(soft.get_submodule("router")), "block": soft.get_submodule("block")}
-    return fx.GraphModule(children, graph)
+    return fx.GraphModule({"decide": _decide(score), "block": soft.get_submodule("block")}, graph)
 
 
-def _decide(router: nn.Module) -> fx.GraphModule:
+def _decide(score: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
-    hidden, token_mask, threshold_logit = map(graph.placeholder, ("hidden", "token_mask", "threshold_logit"))
-    is_open = graph.call_function(operator.gt, (graph.call_module("router", (hidden,)), threshold_logit))
+    hidden, least_score, token_mask = map(graph.placeholder, ("hidden", "least_score", "token_mask"))
+    is_open = graph.call_function(operator.gt, (graph.call_module("score", (hidden,)), least_score))
     graph.output((is_open, graph.call_function(operator.and_, (is_open, token_mask))))
-    return fx.GraphModule({"router": router}, graph)
+    return fx.GraphModule({"score": score}, graph)

@@ -2,16 +2,16 @@
 
 Before, in a routed block::
 
-    open, routing_mask = decide(hidden, token_mask, threshold_logit)
+    open, routing_mask = decide(hidden, least_score, token_mask)
     y, key, value = block(hidden, …)
     hidden = where(open, y, hidden)
 
 After::
 
-    open, routing_mask, needed = decide(hidden, token_mask, threshold_logit)
+    open, routing_mask, needed = decide(hidden, least_score, token_mask)
     hidden, key, value = cond(needed, then_branch, else_branch, [open, hidden, …])
 
-    decide:       as before, and needed = any(routing_mask)
+    decide:       as before, and needed = any(open)
     then_branch:  y, key, value = block(hidden, …);  hidden = where(open, y, hidden)
     else_branch:  key, value = cache_update(hidden, …);  hidden = clone(hidden)
 
@@ -33,7 +33,7 @@ from modcompile.passes.outlined_form import called_modules, copy_graph, routed_c
 def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the graph of `harden_gates` with each routed block's work under a `torch.cond`.
 
-    Keeps equal: every output, except at padding. The branches share their parameters with the block.
+    Keeps equal: every output. The branches share their parameters with the block.
 
     Raises:
         UnsupportedModelError: a block writes to a tensor in place.
@@ -77,7 +77,7 @@ def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
 def _decide_once_for_all_tokens(decide: fx.GraphModule) -> fx.GraphModule:
     graph, outputs = copy_graph(decide)
     is_open, routing_mask = outputs
-    graph.output((is_open, routing_mask, graph.call_function(torch.any, (routing_mask,))))
+    graph.output((is_open, routing_mask, graph.call_function(torch.any, (is_open,))))
     return fx.GraphModule(dict(decide.named_children()), graph)
 
 

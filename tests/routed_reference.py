@@ -35,15 +35,19 @@ def choose(is_open: torch.Tensor) -> Mix:
 
 
 def decide(
-    routers: Mapping[int, nn.Module], thresholds: Mapping[int, float]
+    routers: Mapping[int, nn.Module], thresholds: Mapping[int, float], inputs: ModelInputs
 ) -> tuple[dict[int, Mix], list[torch.Tensor]]:
-    """The layer for the tokens whose gate is above the layer's threshold, and the list that gates will be added to."""
+    """The layer for the tokens whose gate is above the layer's threshold, and the list that gates will be added to.
+
+    Padding is skipped.
+    """
+    is_token = inputs.is_token.unsqueeze(-1)
     gates: list[torch.Tensor] = []
 
     def mix(layer: int) -> Mix:
         def chosen(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
             gates.append(torch.sigmoid(routers[layer](before)))
-            return torch.where(gates[-1] > thresholds[layer], after, before)
+            return torch.where(is_token & (gates[-1] > thresholds[layer]), after, before)
 
         return chosen
 

@@ -38,12 +38,13 @@ def hard_graph(architecture: str, routers: Mapping[int, nn.Module]) -> fx.GraphM
     return harden_gates(insert_depth_gates(outlined_graph(architecture), routers, SoftGate()))
 
 
-def random_routers(layers: Iterable[int], seed: int = 0) -> dict[int, nn.Module]:
+def random_routers(layers: Iterable[int], seed: int = 0) -> dict[int, DepthRouter]:
     """Routers whose decisions at a threshold of 0.5 differ from token to token."""
     torch.manual_seed(seed)
-    routers: dict[int, nn.Module] = {}
+    routers = {}
     for layer in layers:
         router = DepthRouter(HIDDEN_SIZE, 8, dropout=0.0, layer_norm=True, init_bias=0.0)
-        nn.init.normal_(router.down.weight, std=2.0)
+        nn.init.normal_(router.score.down.weight, std=2.0)
+        nn.init.normal_(router.bias, std=0.3)
         routers[layer] = router.eval()
     return routers

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_see
 from modcompile.config import GateKind, RouterConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.routed_graph import build_routed
+from modcompile.routers import DepthRouter
 from tests.tiny_models import HIDDEN_SIZE, INITIALIZER_RANGE
 
 ROUTED_LAYERS = (0, 2)
@@ -45,8 +46,7 @@ def tiny_routed(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM:
     assert model.routed_layers == ROUTED_LAYERS
     set_seed(1)
     for router in model.routers.values():
-        down = router.get_submodule("down")
-        assert isinstance(down, nn.Linear)
-        nn.init.normal_(down.weight, std=2.0)
-        nn.init.zeros_(down.bias)
+        assert isinstance(router, DepthRouter)
+        nn.init.normal_(router.score.down.weight, std=2.0)
+        nn.init.zeros_(router.bias)
     return model

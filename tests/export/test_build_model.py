@@ -49,8 +49,13 @@ class Built:
         """The same from the lowered graph, and whether rounding could turn a decision."""
         self.gm.get_buffer("routing_threshold").copy_(torch.from_numpy(threshold))
         gates: list[torch.Tensor] = []
-        routers = [self.gm.get_submodule(f"blocks.{layer}.decide.router") for layer in self.layers]
-        hooks = [router.register_forward_hook(lambda *args: gates.append(args[-1].sigmoid())) for router in routers]
+        biases = self.gm.get_submodule("routing_inputs").parameters()
+        hooks = [
+            self.gm.get_submodule(f"blocks.{layer}.decide.score").register_forward_hook(
+                lambda *args, bias=bias: gates.append((args[-1] + bias).sigmoid())
+            )
+            for layer, bias in zip(self.layers, biases, strict=True)
+        ]
         logits, *rest = self.gm(*inputs.flat)
         for hook in hooks:
             hook.remove()

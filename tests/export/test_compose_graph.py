@@ -59,7 +59,7 @@ def compose(*blocks: nn.Module) -> Composed:
     routers = {}
     for layer in range(len(blocks) - 1):
         routers[layer] = DepthRouter(SIZE, 4, dropout=0.0, layer_norm=True, init_bias=0.0).eval()
-        nn.init.normal_(routers[layer].down.weight, std=2.0)
+        nn.init.normal_(routers[layer].score.down.weight, std=2.0)
     outlined = outline_blocks(trace(SharingStack(*blocks)))
     gm = lower_gates(harden_gates(insert_depth_gates(outlined, routers, SoftGate())))
     inputs = []

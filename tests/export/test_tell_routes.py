@@ -8,7 +8,8 @@ from tests.export.onnx_text import model_of, operators, run
 
 LAYER = """
 layer (float[B, T, 1] x, bool[B, T, 1] wanted, bool needed) => (float[B, T, 1] y) <int64[1] axis = {2}> {
-    mask = Identity(wanted)
+    open = Identity(wanted)
+    mask = And(open, open)
     y = If (needed) <
         then_branch = executed () => (float[B, T, 1] y_then) { y_then = Neg(x) },
         else_branch = skipped () => (float[B, T, 1] y_else) { y_else = Identity(x) }
@@ -27,6 +28,8 @@ def routed_layer(*, emit_routing: bool = False) -> ir.Model:
         if node.op_type == "If":
             node.name = "blocks.4.if"
         if node.op_type == "Identity":
+            node.outputs[0].name = "blocks.4.decide.0"
+        if node.op_type == "And":
             node.outputs[0].name = "blocks.4.decide.1"
         if node.op_type == "Squeeze" and emit_routing:
             (routing,) = node.outputs
@@ -67,7 +70,7 @@ def test_adds_no_operators_outside_the_branches_but_a_squeeze() -> None:
     assert operators(model.graph).count("If") == 1
 
 
-@pytest.mark.parametrize("name", ["blocks.4.if", "blocks.4.decide.1"])
+@pytest.mark.parametrize("name", ["blocks.4.if", "blocks.4.decide.0"])
 def test_refuses_a_layer_without_an_if_of_its_own(name: str) -> None:
     model = routed_layer()
     for node in model.graph:

@@ -103,7 +103,7 @@ def test_one_case_executes_about_half_of_the_tokens(model: RoutedForCausalLM, ca
 def test_no_threshold_lies_on_a_gate_of_an_untrained_router() -> None:
     """All its gates are equal, so no threshold splits them, and rounding would decide at one that is equal too."""
     untrained = build_routed(tiny_base(), RouterConfig(router_hidden_size=8, router_pattern="every_other"))
-    biases = [router.get_parameter("down.bias").detach() for router in untrained.routers.values()]
+    biases = [router.get_parameter("bias").detach() for router in untrained.routers.values()]
     (gate,) = {float(bias.sigmoid()) for bias in biases}
     cases = verification_cases(untrained, TEXTS, [0.5, 0.5])
     assert all(abs(threshold - gate) > 0.1 for case in cases for threshold in case.thresholds)

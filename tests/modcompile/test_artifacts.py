@@ -143,9 +143,9 @@ def _other_tensors(change: Any) -> Any:
         (_set_router("router_stop", 1), ArtifactError, r"holds the routers of another model: routers\.2\."),
         (_set_router("router_hidden_size", 4), ArtifactError, r"another model: .* of shape \[1, 8\], here .* \[1, 4\]"),
         (
-            _other_tensors(lambda tensors: tensors.pop("routers.2.down.bias")),
+            _other_tensors(lambda tensors: tensors.pop("routers.2.bias")),
             ArtifactError,
-            r"routers\.2\.down\.bias is missing, here it is of shape \[1\]",
+            r"routers\.2\.bias is missing, here it is of shape \[1\]",
         ),
         (_without("model.safetensors"), CheckpointError, "has no weights"),
         (_cut("model.safetensors", 1000), CheckpointError, "model.safetensors is damaged or cut short"),

@@ -160,11 +160,11 @@ def test_hard_decides_by_router_and_threshold(routed: RoutedForCausalLM) -> None
     inputs = make_inputs(routed.base, 3, 7, 0, "left")
     thresholds = {0: 0.4, 2: 0.7}
     routed.set_router_mode(list(thresholds.values()))
-    mixes, gates = decide(routed.routers, thresholds)
+    mixes, gates = decide(routed.routers, thresholds, inputs)
     expected = run_reference(routed.base, inputs, mixes)[:1]
     with torch.no_grad():
         output = routed(*inputs.tokens)
-    torch.testing.assert_close(inputs.at_tokens([output.logits]), inputs.at_tokens(expected), rtol=0, atol=0)
+    torch.testing.assert_close((output.logits,), expected, rtol=0, atol=0)
     for mask, gate, threshold in zip(output.gates, gates, thresholds.values(), strict=True):
         assert torch.equal(mask.squeeze(-1), (gate.squeeze(-1) > threshold) & inputs.is_token)
 

@@ -64,7 +64,7 @@ def test_writes_the_folder_and_says_what_it_is(tmp_path: Path, capsys: pytest.Ca
 
 def test_counts_the_trainable_share() -> None:
     numbers = share_of_parameters(tiny_routed("straight_through"))
-    trainable = 2 * (32 * 8 + 8 + 8 + 1)
+    trainable = 2 * (32 + 32 + 32 * 8 + 8 + 1)
     base = sum(parameter.numel() for parameter in tiny_base().parameters())
     assert numbers == {"trainable": trainable, "base": base, "trainable_share": trainable / (trainable + base)}
     assert describe(tiny_routed("straight_through")) == (

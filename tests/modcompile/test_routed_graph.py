@@ -64,9 +64,9 @@ def test_inserts_the_configured_routers(gate: GateKind, kind: type[nn.Module]) -
     assert routed_layers(model.graph) == [1, 2]
     for layer, router in model.routers.items():
         assert isinstance(router, DepthRouter)
-        assert router.up.out_features == 5
-        assert router.dropout.p == 0.25
-        assert isinstance(router.norm, nn.Identity)
+        assert router.score.up.out_features == 5
+        assert router.score.dropout.p == 0.25
+        assert isinstance(router.score.norm, nn.Identity)
         assert isinstance(model.graph.get_submodule(f"blocks.{layer}.gate"), kind)
 
 

@@ -20,36 +20,39 @@ def test_starts_at_its_bias_for_every_token() -> None:
     assert torch.equal(_router()(_hidden_state()), torch.full((2, 3, 1), 1.5))
 
 
-def test_holds_two_linears_and_nothing_else() -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in _router().state_dict().items()}
-    assert shapes == {
-        "up.weight": (_INNER, _HIDDEN),
-        "up.bias": (_INNER,),
-        "down.weight": (1, _INNER),
-        "down.bias": (1,),
-    }
+@pytest.mark.parametrize(
+    ("layer_norm", "first"),
+    [(True, {"norm.weight": (_HIDDEN,), "norm.bias": (_HIDDEN,)}), (False, {"up.bias": (_INNER,)})],
+)
+def test_has_one_bias_before_the_activation(layer_norm: bool, first: dict[str, tuple[int, ...]]) -> None:
+    router = _router(layer_norm=layer_norm)
+    shapes = {name: tuple(tensor.shape) for name, tensor in router.score.state_dict().items()}
+    assert shapes == first | {"up.weight": (_INNER, _HIDDEN), "down.weight": (1, _INNER)}
 
 
-def test_computes_norm_linear_silu_linear() -> None:
+def test_computes_norm_linear_silu_linear_bias() -> None:
     router, hidden = _router(), _hidden_state()
-    nn.init.normal_(router.down.weight)
+    score = router.score
+    for parameter in router.parameters():
+        nn.init.normal_(parameter)
+    assert isinstance(score.norm, nn.LayerNorm)
     normed = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    inner = normed @ router.up.weight.T + router.up.bias
-    expected = (inner * torch.sigmoid(inner)) @ router.down.weight.T + router.down.bias
+    inner = (normed * score.norm.weight + score.norm.bias) @ score.up.weight.T
+    expected = (inner * torch.sigmoid(inner)) @ score.down.weight.T + router.bias
     torch.testing.assert_close(router(hidden), expected)
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_norm_makes_the_size_of_the_input_irrelevant(layer_norm: bool) -> None:
     router, hidden = _router(layer_norm=layer_norm), _hidden_state()
-    nn.init.normal_(router.down.weight)
+    nn.init.normal_(router.score.down.weight)
     close = torch.allclose(router(hidden), router(100 * hidden), atol=1e-4)
     assert close == layer_norm
 
 
 def test_drops_out_in_training_only() -> None:
     router, hidden = _router(dropout=0.5), _hidden_state()
-    nn.init.normal_(router.down.weight)
+    nn.init.normal_(router.score.down.weight)
     assert not torch.equal(router(hidden), router(hidden))
     router.eval()
     assert torch.equal(router(hidden), router(hidden))

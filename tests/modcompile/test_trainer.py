@@ -14,6 +14,7 @@ from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
 from modcompile.routed_graph import build_routed
+from modcompile.routers import DepthRouter
 from modcompile.trainer import RouterTrainer
 from modcompile.training_arguments import RouterTrainingArguments
 from tests.tiny_routed import tiny_base
@@ -29,10 +30,9 @@ def built(request: pytest.FixtureRequest) -> tuple[RoutedForCausalLM, dict[int, 
     model = build_routed(tiny_base(), config, use_cache=False)
     torch.manual_seed(0)
     for router in model.routers.values():
-        down = router.get_submodule("down")
-        assert isinstance(down, nn.Linear)
-        nn.init.normal_(down.weight, std=2.0)
-        nn.init.zeros_(down.bias)
+        assert isinstance(router, DepthRouter)
+        nn.init.normal_(router.score.down.weight, std=2.0)
+        nn.init.zeros_(router.bias)
     return model, {layer: copy.deepcopy(router.state_dict()) for layer, router in model.routers.items()}
 
 
@@ -268,7 +268,7 @@ def test_loads_the_best_routers_at_the_end(routed: RoutedForCausalLM, tmp_path: 
         BudgetConfig(30, 0.0),
         _blocks(4),
         max_steps=6,
-        learning_rate=0.05,
+        learning_rate=0.01,
         save_strategy="steps",
         eval_strategy="steps",
         save_steps=3,

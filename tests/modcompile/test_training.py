@@ -73,7 +73,7 @@ def test_report_tells_of_the_training(folder: Path, blocks: DatasetDict, capsys:
     report = json.loads((folder / "report.json").read_text())["training"]
     assert report["budget"] == {"router_lambda": 2.0, "target_active_ratio": 0.1}
     assert report["steps"] == 2
-    assert report["parameters"]["trainable"] == 2 * (32 * 8 + 8 + 8 + 1)
+    assert report["parameters"]["trainable"] == 2 * (32 + 32 + 32 * 8 + 8 + 1)
     metrics = report["metrics"]
     assert metrics == returned
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_lm_loss"]))
@@ -83,7 +83,7 @@ def test_report_tells_of_the_training(folder: Path, blocks: DatasetDict, capsys:
     assert [line["step"] for line in steps] == [1, 2]
     assert all({"lm_loss", "active_ratio", "budget_loss", "learning_rate"} <= line.keys() for line in steps)
     # What a user sees: the trainable share, and a line of metrics for each step.
-    assert "2 routed layers; trainable: 546 of 43,010 parameters" in stdout
+    assert "2 routed layers; trainable: 658 of 43,122 parameters" in stdout
     lines = [line for line in stdout.splitlines() if "'lm_loss'" in line and "'eval_loss'" not in line]
     assert len(lines) == 2
     assert all("'active_ratio'" in line and "'budget_loss'" in line for line in lines)

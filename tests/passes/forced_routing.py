@@ -18,7 +18,7 @@ class ForcedRouter(nn.Module):
 def force(gm: fx.GraphModule, is_open: Mapping[int, torch.Tensor]) -> None:
     """Give each forced router of a hard or lowered graph the mask of its layer."""
     for layer, mask in is_open.items():
-        router = gm.get_submodule(f"blocks.{layer}.decide.router")
+        router = gm.get_submodule(f"blocks.{layer}.decide.score")
         assert isinstance(router, ForcedRouter)
         router.is_open = mask
 

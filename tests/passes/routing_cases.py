@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import fx
 from transformers import PreTrainedModel
 
+from modcompile.routers import DepthRouter
 from tests.model_inputs import ModelInputs, Padding, make_inputs
 from tests.tiny_graphs import random_routers
 
@@ -27,14 +28,17 @@ class RoutingCase:
     def inputs(self, model: PreTrainedModel) -> ModelInputs:
         return make_inputs(model, self.batch, self.length, self.past_length, self.padding, self.seed)
 
-    def routers(self) -> dict[int, nn.Module]:
+    def routers(self) -> dict[int, DepthRouter]:
         return random_routers(ROUTED_LAYERS, self.seed)
 
     def load(self, gm: fx.GraphModule) -> None:
         """Write thresholds and router weights into a hard or lowered graph: it is much quicker than making one."""
         gm.get_buffer("routing_threshold").copy_(self.threshold)
-        for layer, router in self.routers().items():
-            gm.get_submodule(f"blocks.{layer}.decide.router").load_state_dict(router.state_dict())
+        routers = self.routers()
+        for bias, router in zip(gm.get_submodule("routing_inputs").parameters(), routers.values(), strict=True):
+            bias.copy_(router.bias)
+        for layer, router in routers.items():
+            gm.get_submodule(f"blocks.{layer}.decide.score").load_state_dict(router.score.state_dict())
 
     @property
     def threshold(self) -> torch.Tensor:

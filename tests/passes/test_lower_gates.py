@@ -49,7 +49,7 @@ def forced(architecture: str) -> fx.GraphModule:
 
 @given(case=routing_cases(), threshold=st.sampled_from([None, 0.0, 2.0]))
 @torch.no_grad()
-def test_keeps_every_output_of_tokens(
+def test_keeps_every_output(
     hard: fx.GraphModule,
     lowered: fx.GraphModule,
     model: PreTrainedModel,
@@ -62,10 +62,7 @@ def test_keeps_every_output_of_tokens(
         hard.get_buffer("routing_threshold").fill_(threshold)
     lowered.get_buffer("routing_threshold").copy_(hard.get_buffer("routing_threshold"))
     actual, expected = lowered(*inputs.flat), hard(*inputs.flat)
-    torch.testing.assert_close(inputs.at_tokens(actual), inputs.at_tokens(expected), rtol=0, atol=0)
-    torch.testing.assert_close(actual[-2:], expected[-2:], rtol=0, atol=0)
-    if case.padding == "none" or threshold == 0:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @given(case=routing_cases(), other_seed=st.integers(0, 2**16))
