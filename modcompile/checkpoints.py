@@ -111,14 +111,18 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
             generation_config.to_json_file(folder / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-            _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
+            _describe_tokenizer_to_all_versions(tokenizer, folder / "tokenizer_config.json")
 
 
-def _name_tokenizer_for_all_versions(path: Path) -> None:
-    """Put down the name of transformers 5's general tokenizer class that transformers 4 (so optimum) knows, too."""
+def _describe_tokenizer_to_all_versions(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Put down transformers 5's general tokenizer class as transformers 4 (so optimum) knows it.
+
+    The class of that name there makes token type ids unless told otherwise, which `generate` refuses.
+    """
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if config.get("tokenizer_class") == "TokenizersBackend":
-        write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        write_json(path, {**config, **names})
 
 
 def _load_model(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -238,6 +239,16 @@ def test_loads_the_tokenizer_of_a_folder(
     for loaded in (load_tokenizer(find_checkpoint(str(tmp_path))), AutoTokenizer.from_pretrained(tmp_path)):
         assert loaded is not None
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 writes what it reads")
+def test_transformers_4_is_told_what_the_tokenizer_makes(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_base(llama, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == list(tokenizer("a text"))
 
 
 def test_loads_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
