@@ -139,12 +139,16 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | {row['prefill_ms']:.1f} | {row['decode_ms']:.2f} | {row['decode_spread']:.0%} | "
             f"{median:.3f} ({lower:.3f} to {upper:.3f}) | {speed_up:.2f} x |"
         )
-    overhead = list(result["speed"].values())[1]["decode_against_dense"][1] - 1
+    _, none, some, _ = result["speed"].values()
+    overhead = none["decode_against_dense"][1] - 1
+    saved = 1 - some["decode_against_none_skipped"][1]
+    break_even = result["arguments"]["skipped"] * (1 - 1 / (1 + overhead)) / saved
     seconds, deep = result["export_seconds"]["routed"], result["export_seconds_twice_the_depth"]
     arguments, used = result["arguments"], result["versions"]
     lines += [
         "",
         f"- Overhead of routers and `If`s, none skipped, against the dense export: {overhead:+.1%}.",
+        f"- Break-even: {break_even:.1f} blocks skipped.",
         f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth {deep / seconds:.2f} x.",
         f"- Peak memory of that: {result['peak_mib']:.0f} MiB, for a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
         f"- {arguments['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}.",

@@ -44,7 +44,8 @@ def check_weights(folder: Path) -> dict[str, str]:
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as tensors:
-                dtypes |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+                names = tensors.keys()
+                dtypes |= {name: tensors.get_slice(name).get_dtype() for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is damaged or cut short ({error}); get the file again from where it came from"

@@ -115,12 +115,12 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _describe_tokenizer_to_all_versions(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Put down transformers 5's general tokenizer class as transformers 4 (so optimum) knows it.
+    """Put down the general tokenizer class by the name that transformers 4 (so optimum) knows, too.
 
     The class of that name there makes token type ids unless told otherwise, which `generate` refuses.
     """
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    if config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
         write_json(path, {**config, **names})
 

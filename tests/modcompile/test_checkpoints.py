@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -241,7 +240,6 @@ def test_loads_the_tokenizer_of_a_folder(
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 writes what it reads")
 def test_transformers_4_is_told_what_the_tokenizer_makes(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
