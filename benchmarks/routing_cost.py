@@ -1,8 +1,9 @@
 """python -m benchmarks.routing_cost: what routing costs and gains in ONNX Runtime, and what an export takes.
 
-Exports a model dense and routed (routers everywhere, fp32), then measures in turn: the plain dense export; the routed
-one with every block executed; with ten blocks always skipped; with all skipped. Then exports it again at twice the
-depth (layers repeated), for the growth of export time. Writes benchmarks/results/routing_cost.json and .md.
+Exports a model dense and routed (routers everywhere, fp32), then measures in turn: what `torch.onnx.export` makes of
+the dense model; our dense export; the routed one with every block executed; with ten blocks always skipped; with all
+skipped. Exports it also at twice the depth (layers repeated), for the growth of export time. Writes
+benchmarks/results/routing_cost.json and .md.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from benchmarks.decode_speed import Case, compare
+from benchmarks.plain_export import plain_export
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base
 from modcompile.config import RouterConfig
@@ -31,6 +33,7 @@ from modcompile.routed_graph import build_routed, trace_outlined
 from modcompile.tracing import find_layers
 
 _RESULTS = Path(__file__).parent / "results"
+_PLAIN, _DENSE, _NONE = "torch.onnx.export", "dense export", "routed, none skipped"
 
 
 def main() -> None:
@@ -58,6 +61,7 @@ def main() -> None:
             "export_seconds_twice_the_depth": export_twice_the_depth(base, Path(folder)),
             "checkpoint_mib": checkpoint_mib,
             "peak_mib": peak_mib,
+            "plain_export_seconds": export_plainly(base, Path(folder)),
             "speed": speeds(Path(folder), args),
         }
     _RESULTS.mkdir(exist_ok=True)
@@ -94,6 +98,13 @@ def export_twice_the_depth(base: PreTrainedModel, folder: Path) -> float:
         del layers[len(members) :]
 
 
+def export_plainly(base: PreTrainedModel, folder: Path) -> float:
+    """Write plain.onnx; return the seconds that took."""
+    start = perf_counter()
+    plain_export(base, folder / "plain.onnx")
+    return perf_counter() - start
+
+
 def speeds(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Milliseconds of prefill and decode, their spread, and decode times relative to the two cases they answer to."""
     dense, routed = folder / "dense.onnx", folder / "routed.onnx"
@@ -102,8 +113,9 @@ def speeds(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     some = [2.0 if first <= layer < first + args.skipped else 0.0 for layer in range(count)]
     measured = compare(
         {
-            "dense export": Case(dense),
-            "routed, none skipped": Case(routed, [0.0] * count),
+            _PLAIN: Case(folder / "plain.onnx"),
+            _DENSE: Case(dense),
+            _NONE: Case(routed, [0.0] * count),
             f"routed, {args.skipped} of {count} skipped": Case(routed, some),
             "routed, all skipped": Case(routed, [2.0] * count),
         },
@@ -113,14 +125,14 @@ def speeds(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         rounds=args.rounds,
         repeats=args.repeats,
     )
-    base, none, *_ = measured.values()
     return {
         name: {
             "prefill_ms": speed.prefill_ms,
             "decode_ms": speed.decode_ms,
             "decode_spread": speed.decode_spread,
-            "decode_against_dense": speed.decode_against(base),
-            "decode_against_none_skipped": speed.decode_against(none),
+            "decode_against_plain": speed.decode_against(measured[_PLAIN]),
+            "decode_against_dense": speed.decode_against(measured[_DENSE]),
+            "decode_against_none_skipped": speed.decode_against(measured[_NONE]),
         }
         for name, speed in measured.items()
     }
@@ -139,17 +151,20 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | {row['prefill_ms']:.1f} | {row['decode_ms']:.2f} | {row['decode_spread']:.0%} | "
             f"{median:.3f} ({lower:.3f} to {upper:.3f}) | {speed_up:.2f} x |"
         )
-    _, none, some, _ = result["speed"].values()
+    *_, none, some, _ = result["speed"].values()
     overhead = none["decode_against_dense"][1] - 1
     saved = 1 - some["decode_against_none_skipped"][1]
     break_even = result["arguments"]["skipped"] * (1 - 1 / (1 + overhead)) / saved
+    against_plain = none["decode_against_plain"][1] - 1
     seconds, deep = result["export_seconds"]["routed"], result["export_seconds_twice_the_depth"]
     arguments, used = result["arguments"], result["versions"]
     lines += [
         "",
-        f"- Overhead of routers and `If`s, none skipped, against the dense export: {overhead:+.1%}.",
+        f"- Routers and `If`s, none skipped, against the dense export: {overhead:+.1%}.",
+        f"- The same against the dense model of `torch.onnx.export`: {against_plain:+.1%}.",
         f"- Break-even: {break_even:.1f} blocks skipped.",
         f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth {deep / seconds:.2f} x.",
+        f"- `torch.onnx.export` of the dense model: {result['plain_export_seconds']:.1f} s.",
         f"- Peak memory of that: {result['peak_mib']:.0f} MiB, for a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
         f"- {arguments['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}.",
         f"- {arguments['rounds']} rounds of {arguments['repeats']} repeats, every case in its own process.",

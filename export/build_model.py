@@ -17,9 +17,10 @@ from modcompile.export.compose_graph import Composer, Operand, opset_imports
 from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.export.quiet_exporter import quiet_exporter
+from modcompile.passes import fuse_operators
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
 
-IR_VERSION = 10
+IR_VERSION = 11
 
 _SIZES = ({"batch": 2, "sequence": 3, "past": 5}, {"batch": 3, "sequence": 5, "past": 7})
 
@@ -29,6 +30,7 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
 
     Weights are not copied: the tensors of the result are those of `gm` until it is saved.
     """
+    gm = fuse_operators(gm)
     composer = Composer()
     inputs = _inputs(gm)
     nodes, (logits, *rest) = composer.compose(gm, inputs)

@@ -20,12 +20,11 @@ from torch import nn
 
 from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
-from modcompile.export.plain_attention import DECOMPOSITION, plain_attention
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes.extract_subgraph import get_attribute
 
 DOMAIN = "modcompile"
-OPSET = 20
+OPSET = 23
 
 Example = tuple[torch.Tensor, torch.Tensor]
 """One tensor at two sets of sizes: the dimensions in which they differ are dynamic."""
@@ -53,7 +52,6 @@ def export_template(module: nn.Module, examples: Sequence[Example], name: str) -
         # Each input an object of its own: export merges the inputs that are one object.
         ep = torch.export.export(module, tuple(tensor.clone() for tensor in first), dynamic_shapes=shapes, strict=False)
     with quiet_exporter():
-        ep = ep.run_decompositions({DECOMPOSITION: plain_attention})
         program = torch.onnx.export(ep, dynamo=True, verbose=False, optimize=False, opset_version=OPSET)
         assert program is not None
         graph = program.model.graph

@@ -8,6 +8,7 @@ In the order in which they are applied:
 4. `insert_depth_gates`: every chosen block → router, gate, block, mix.
 5. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
 6. `lower_gates`: boolean routing mask → `torch.cond`.
+7. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
 
 After each of them the graph runs in PyTorch, in the form that `outlined_form` describes from the second on.
 """
@@ -16,6 +17,7 @@ if __name__ != "modcompile.passes":
     raise ImportError("import this package as modcompile.passes")
 
 from modcompile.passes.drop_guards import drop_guards
+from modcompile.passes.fuse_operators import fuse_operators
 from modcompile.passes.harden_gates import harden_gates
 from modcompile.passes.insert_depth_gates import insert_depth_gates
 from modcompile.passes.lower_gates import lower_gates
@@ -24,6 +26,7 @@ from modcompile.passes.repeat_blocks import repeat_blocks
 
 __all__ = [
     "drop_guards",
+    "fuse_operators",
     "harden_gates",
     "insert_depth_gates",
     "lower_gates",

@@ -14,7 +14,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 def model_of(graph: str) -> ir.Model:
     """A model of one graph in ONNX's textual form."""
-    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 20]>\n{graph}')
+    return ir.from_onnx_text(f'<ir_version: 11, opset_import: ["": 23]>\n{graph}')
 
 
 def rewritten(graph: str, rewrite: ir.passes.PassBase) -> ir.Model:

@@ -159,7 +159,7 @@ def test_every_routed_layer_is_one_if_of_the_main_graph(built: Built) -> None:
 
 def test_is_plain_onnx(built: Built) -> None:
     onnx.checker.check_model(ir.to_proto(built.model), full_check=True)
-    assert built.model.opset_imports == {"": 20}
+    assert built.model.opset_imports == {"": 23}
     assert not built.model.functions
 
 
