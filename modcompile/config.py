@@ -8,8 +8,16 @@ from modcompile.errors import ConfigError
 
 GateKind = Literal["soft", "straight_through"]
 
-INIT_BIAS: dict[str, float] = {"soft": 4.0, "straight_through": 1.5}
-"""Where a router's logits start, by kind of gate, unless `router_init_bias` says otherwise."""
+INIT_BIAS: dict[str, float] = {"soft": 4.0, "straight_through": 0.2}
+"""Where a router's logits start, by kind of gate, unless `router_init_bias` says otherwise.
+
+Soft, it decides how far the untrained model is from the dense one. Straight-through, the untrained model is the dense
+one whatever the bias, and a small bias lets a gate close as soon as its token can do without the block. Measured with
+the training of `make demo` (and `--seed 0`), dense 17.25, by bias: perplexity at the share of the work left.
+
+    0.05: 18.85 at 0.915     0.2: 18.94 at 0.913     0.5: 19.98 at 0.914
+    1.5:  21.72 at 0.915     3:   24.35 at 0.907     4:   18.38 at 0.982, short of its target
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class RouterConfig:
     router_init_bias: float | None = field(
         default=None,
         metadata={
-            "help": "Where router logits start; positive is open. By default 4.0 for soft, 1.5 for straight_through."
+            "help": "Where router logits start; positive is open. By default 4.0 for soft, 0.2 for straight_through."
         },
     )
 
