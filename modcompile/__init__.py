@@ -7,11 +7,20 @@ from modcompile.version import __version__
 
 if TYPE_CHECKING:
     from modcompile.artifacts import load_with_routers
+    from modcompile.layerwise import LayerwiseQuantizeForCausalLM
     from modcompile.modeling import RoutedForCausalLM, set_router_mode
 
-__all__ = ["ModcompileError", "RoutedForCausalLM", "__version__", "load_with_routers", "set_router_mode"]
+__all__ = [
+    "LayerwiseQuantizeForCausalLM",
+    "ModcompileError",
+    "RoutedForCausalLM",
+    "__version__",
+    "load_with_routers",
+    "set_router_mode",
+]
 
 _HOMES = {
+    "LayerwiseQuantizeForCausalLM": "modcompile.layerwise",
     "RoutedForCausalLM": "modcompile.modeling",
     "load_with_routers": "modcompile.artifacts",
     "set_router_mode": "modcompile.modeling",

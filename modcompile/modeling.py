@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modcompile.config import RouterConfig, check_threshold
 from modcompile.errors import ConfigError
 from modcompile.gradient_checkpointing import checkpoint_blocks
+from modcompile.graph_inputs import cache_inputs, graph_inputs, updated_cache
 from modcompile.passes import harden_gates, lower_gates
-from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
+from modcompile.passes.outlined_form import routed_layers
 from modcompile.passes.retarget_device import retarget_device
-from modcompile.tracing import from_cache, to_cache
 from modcompile.usage import RoutingUsage
 
 
@@ -77,7 +77,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def takes_cache(self) -> bool:
         """Whether the graph was traced with keys and values as inputs and outputs."""
-        return bool(self._cache_inputs)
+        return bool(cache_inputs(self.graph))
 
     @property
     def hard_thresholds(self) -> list[float] | None:
@@ -141,17 +141,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
         With `labels [B, T]` (-100: ignored) also the language-modelling loss.
         """
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = input_ids.shape[1]
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(input_ids.shape[0], past_length + length)
-        attention_mask = attention_mask.long()
-        if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        position_ids = position_ids[:, -length:].expand(input_ids.shape[0], -1)
-        tokens = attention_mask[:, -length:] != 0
-
-        inputs = (input_ids, attention_mask, position_ids, *self._past(past_key_values, input_ids.shape[0]))
+        inputs = graph_inputs(self.graph, input_ids, attention_mask, position_ids, past_key_values)
+        tokens = inputs[1][:, -input_ids.shape[1] :] != 0
         if self._thresholds is None:
             outputs = self.graph(*inputs)
         else:
@@ -171,7 +162,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return RoutedCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=_updated(past_key_values, present) if use_cache and present else None,
+            past_key_values=updated_cache(past_key_values, present) if use_cache and present else None,
             gates=gates,
             tokens=tokens,
         )
@@ -204,21 +195,6 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.base.save_pretrained(folder, *args, **kwargs)
         save_routers(self, folder)
 
-    @property
-    def _cache_inputs(self) -> list[fx.Node]:
-        placeholders: list[fx.Node] = self.graph.graph.find_nodes(op="placeholder")
-        return placeholders[NUM_TOKEN_INPUTS:]
-
-    def _past(self, cache: Cache | None, batch: int) -> list[torch.Tensor]:
-        if cache is not None and cache.get_seq_length() > 0:
-            return [tensor for pair in from_cache(cache) for tensor in pair]
-        empty = []
-        for node in self._cache_inputs:
-            value = node.meta["val"]
-            shape = (batch, int(value.shape[1]), 0, int(value.shape[3]))
-            empty.append(torch.empty(shape, dtype=value.dtype, device=self.device))
-        return empty
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What `to`, `half` and the like do: the base follows, and so does what the trace recorded."""
         from modcompile.routed_graph import trace_again  # routed_graph makes models, so it imports this module
@@ -238,15 +214,3 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 def set_router_mode(model: RoutedForCausalLM, hard_threshold: float | Sequence[float] | None) -> None:
     """Hard at a threshold (one for all routed layers, or one each), or soft with None."""
     model.set_router_mode(hard_threshold)
-
-
-def _updated(cache: DynamicCache | None, present: Sequence[torch.Tensor]) -> DynamicCache:
-    """The caller's cache, or a new one, holding `present`.
-
-    Its layers become plain ones: what a sliding window may forget is for the attention mask to say, not for the cache.
-    """
-    filled = to_cache(list(zip(present[::2], present[1::2], strict=True)))
-    if cache is None:
-        return filled
-    cache.layers = filled.layers
-    return cache

@@ -4,7 +4,14 @@ import sys
 
 import modcompile
 
-_EXPORTED = {"ModcompileError", "RoutedForCausalLM", "__version__", "load_with_routers", "set_router_mode"}
+_EXPORTED = {
+    "LayerwiseQuantizeForCausalLM",
+    "ModcompileError",
+    "RoutedForCausalLM",
+    "__version__",
+    "load_with_routers",
+    "set_router_mode",
+}
 
 
 def test_exports_these_names_and_no_others() -> None:
@@ -16,6 +23,7 @@ def test_exports_these_names_and_no_others() -> None:
 
 def test_every_exported_name_is_that_of_its_module() -> None:
     homes = {
+        "LayerwiseQuantizeForCausalLM": "layerwise",
         "ModcompileError": "errors",
         "RoutedForCausalLM": "modeling",
         "__version__": "version",

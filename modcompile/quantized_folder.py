@@ -1,0 +1,215 @@
+"""The quantized folder: what `quantize` writes, and what models of several precisions are read from.
+
+::
+
+    config.json, generation_config.json, tokenizer files   of the base
+    model.safetensors          what is not quantized; with 16 bits asked for, all of the base, loadable on its own
+    quantized.safetensors      {weight}.{precision}.packed|scales|zero_points
+    quantization_config.json   which precisions, how; the format's version, the names of the weights
+    report.json                what was done and measured
+
+A part completes the precision that it is named after (`modcompile.precisions`). Weights are `[out, in]` here, also
+where the base has them the other way round (`transposed` in the configuration).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+
+from modcompile.checkpoint_config import load_config, load_error
+from modcompile.checkpoint_sources import CheckpointSource
+from modcompile.checkpoints import save_base
+from modcompile.config import QuantizationConfig
+from modcompile.durable_files import write_json
+from modcompile.errors import ArtifactError, ConfigError
+from modcompile.output_folder import staged_folder
+from modcompile.precisions import FULL_PRECISION, MultiPrecisionWeight, PackedWeight, part_bits
+from modcompile.progress import quiet_transformers
+from modcompile.version import __version__
+
+FORMAT_VERSION = 1
+QUANTIZATION_CONFIG = "quantization_config.json"
+QUANTIZED = "quantized.safetensors"
+_BASE_WEIGHTS = "model.safetensors"
+_TENSORS = ("packed", "scales", "zero_points")
+_AGAIN = "run modcompile.quantize again"
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A base model and its weights at several precisions."""
+
+    base: PreTrainedModel
+    """Holds each weight at the highest precision that was asked for."""
+    weights: Mapping[str, MultiPrecisionWeight]
+    """By the name that the base has for them."""
+    transposed: frozenset[str]
+    """Those that the base has as `[in, out]`."""
+    config: QuantizationConfig
+    """How they were quantized, with the precisions that were asked for."""
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    """Whether the folder was made by `modcompile.quantize`, of whichever version."""
+    return (folder / QUANTIZATION_CONFIG).is_file()
+
+
+def write_quantized_folder(
+    checkpoint: QuantizedCheckpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write everything; the folder appears whole or not at all. The base must hold the original weights.
+
+    Raises:
+        OutputError: the folder can't be written, or holds something that is not ours to replace.
+    """
+    with staged_folder(folder, overwrite=overwrite, is_ours=is_quantized_folder) as staging:
+        save_base(checkpoint.base, tokenizer, staging)
+        if FULL_PRECISION not in checkpoint.config.precisions:
+            kept = {
+                name: tensor
+                for name, tensor in load_file(staging / _BASE_WEIGHTS).items()
+                if name not in checkpoint.weights
+            }
+            save_file(kept, staging / _BASE_WEIGHTS, metadata={"format": "pt"})
+        save_file(_state(checkpoint.weights), staging / QUANTIZED, metadata={"format": "pt"})
+        stored = {
+            "format_version": FORMAT_VERSION,
+            "modcompile_version": __version__,
+            "quantization": asdict(checkpoint.config),
+            "weights": {name: weight.in_features for name, weight in checkpoint.weights.items()},
+            "transposed": sorted(checkpoint.transposed),
+        }
+        write_json(staging / QUANTIZATION_CONFIG, stored)
+
+
+def read_quantized_folder(folder: Path, precisions: Sequence[int] | None = None) -> QuantizedCheckpoint:
+    """Read a folder for some of its precisions, by default all.
+
+    Raises:
+        ArtifactError: the folder is missing, incomplete, damaged, or of another version.
+        CheckpointError: its base can't be read.
+        ConfigError: it lacks one of `precisions`.
+    """
+    stored = _read_config(folder)
+    try:
+        config = QuantizationConfig(**stored["quantization"])
+        in_features = {str(name): int(size) for name, size in stored["weights"].items()}
+        transposed = frozenset(stored["transposed"])
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise ArtifactError(f"{folder / QUANTIZATION_CONFIG} is damaged ({error}); {_AGAIN}") from error
+    wanted = config.precisions if precisions is None else sorted(precisions)
+    missing = [precision for precision in wanted if precision not in config.precisions]
+    if missing or not wanted:
+        raise ConfigError(
+            f"{folder} has no weights of {' or '.join(map(str, missing)) or 'no'} bits; "
+            f"it has {', '.join(map(str, config.precisions))}"
+        )
+    tensors = _load(folder / QUANTIZED)
+    weights = {name: _weight(folder, tensors, name, size, config) for name, size in in_features.items()}
+    base = _load_base(folder, weights, transposed, wanted[-1])
+    asked = QuantizationConfig(**asdict(config) | {"precisions": wanted})
+    return QuantizedCheckpoint(base, weights, transposed, asked)
+
+
+def _state(weights: Mapping[str, MultiPrecisionWeight]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{precision}.{tensor}": getattr(part, tensor).contiguous()
+        for name, weight in weights.items()
+        for precision, part in weight.parts.items()
+        for tensor in _TENSORS
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"{folder} is not a folder; make one with python -m modcompile.quantize MODEL --output_dir {folder}"
+        )
+    path = folder / QUANTIZATION_CONFIG
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} has no {QUANTIZATION_CONFIG}: it was not made by modcompile.quantize, or not to its end"
+        )
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = stored["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); {_AGAIN}") from error
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format {version}, this modcompile {__version__} reads format {FORMAT_VERSION}; "
+            f"{_AGAIN}, or use the version that wrote it"
+        )
+    return stored
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} can't be read ({error}); {_AGAIN}") from error
+
+
+def _weight(
+    folder: Path, tensors: Mapping[str, torch.Tensor], name: str, in_features: int, config: QuantizationConfig
+) -> MultiPrecisionWeight:
+    nested = config.weight_sharing == "nested"
+    groups = -(-in_features // config.group_size)
+    parts = {}
+    for precision, bits in part_bits(config.precisions, nested=nested).items():
+        found = []
+        for kind, dtype, tail in zip(
+            _TENSORS,
+            (torch.uint8, torch.float32, torch.uint8),
+            ((groups, config.group_size * bits // 8), (groups,), (groups,)),
+            strict=True,
+        ):
+            key = f"{name}.{precision}.{kind}"
+            tensor = tensors.get(key)
+            if tensor is None:
+                raise ArtifactError(f"{folder / QUANTIZED} lacks {key}; {_AGAIN}")
+            if tensor.dtype != dtype or tensor.shape[1:] != tail:
+                raise ArtifactError(
+                    f"{folder / QUANTIZED}: {key} is {tensor.dtype} {list(tensor.shape)}, not {dtype} "
+                    f"[out features, {', '.join(map(str, tail))}]; {_AGAIN}"
+                )
+            found.append(tensor)
+        packed, scales, zero_points = found
+        if not len(packed) == len(scales) == len(zero_points):
+            raise ArtifactError(f"{folder / QUANTIZED}: the parts of {name}.{precision} differ in length; {_AGAIN}")
+        if not torch.isfinite(scales).all():
+            raise ArtifactError(f"{folder / QUANTIZED}: {name}.{precision}.scales holds NaN or infinity; {_AGAIN}")
+        parts[precision] = PackedWeight(packed, scales, zero_points, bits)
+    return MultiPrecisionWeight(parts, in_features, nested)
+
+
+def _load_base(
+    folder: Path, weights: Mapping[str, MultiPrecisionWeight], transposed: frozenset[str], precision: int
+) -> PreTrainedModel:
+    source = CheckpointSource("folder", str(folder))
+    config = load_config(source, folder)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    state = _load(folder / _BASE_WEIGHTS)
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    if precision != FULL_PRECISION:
+        for name, weight in weights.items():
+            dense = weight.dequantize(precision)
+            state[name] = (dense.T if name in transposed else dense).to(dtype).contiguous()
+    try:
+        with quiet_transformers():
+            model: PreTrainedModel = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    except Exception as error:
+        raise load_error(source, error) from error
+    model.eval().requires_grad_(False)
+    return model
