@@ -1,9 +1,10 @@
 """From a lowered graph to an ONNX model with the names that runtimes know.
 
 Inputs `input_ids [B, T]`, `attention_mask [B, P + T]`, `position_ids [B, T]`, `past_key_values.{i}.key|value
-[B, heads, P, D]`; outputs `logits [B, T, V]`, `present.{i}.key|value [B, heads, P + T, D]` and, if asked for,
-`routing.{i}` (bool `[B, T]`) for every routed layer i. `routing_threshold` (float32, one a routed layer) is an
-initializer that is also an input: a session may override it, and need not know of it.
+[B, heads, P, D]`; outputs `logits [B, T, V]`, `present.{i}.key|value [B, heads, P + T, D]` and, if asked for, for each
+routed layer i `routing.{i}` (bool `[B, T]`) or `precision.{i}` (int64 `[B, T]`, bits). `routing_threshold` (float32,
+one a routed layer) or `precision_bias` (float32 `[routed layers, precisions]`) is an initializer that is also an input:
+a session may override it, and need not know of it.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from modcompile.passes import fuse_operators
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
 
 IR_VERSION = 11
+ROUTING_THRESHOLD, PRECISION_BIAS = "routing_threshold", "precision_bias"
+_OVERRIDABLE = (ROUTING_THRESHOLD, PRECISION_BIAS)
 
 _SIZES = ({"batch": 2, "sequence": 3, "past": 5}, {"batch": 3, "sequence": 5, "past": 7})
 
@@ -40,7 +43,11 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
     for index, operand in enumerate(cache):
         name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
         outputs.append(_named(operand, name, ("batch", None, "total_sequence", None)))
-    if emit_routing:
+    overridable = [composer.initializers[name] for name in _OVERRIDABLE if name in composer.initializers]
+    if emit_routing and PRECISION_BIAS in composer.initializers:
+        for layer, operand in zip(layers, routing, strict=True):
+            outputs.append(_named(operand, f"precision.{layer}", ("batch", "sequence")))
+    elif emit_routing:
         axis = composer.constant("routing.axis", torch.tensor([2]))
         for layer, operand in zip(layers, routing, strict=True):
             nodes.append(ir.Node("", "Squeeze", [operand.value, axis], name=f"routing.{layer}"))
@@ -48,9 +55,7 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
             squeezed = Operand(nodes[-1].outputs[0], (first, second))
             outputs.append(_named(squeezed, f"routing.{layer}", ("batch", "sequence")))
 
-    graph_inputs = [operand.value for operand in inputs]
-    if layers:
-        graph_inputs.append(composer.initializers["routing_threshold"])
+    graph_inputs = [*(operand.value for operand in inputs), *overridable]
     graph = ir.Graph(
         graph_inputs,
         outputs,

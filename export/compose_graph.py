@@ -27,6 +27,8 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import fx, nn
 
+from modcompile.export.quantized_translation import DOMAIN as CONTRIB_DOMAIN
+from modcompile.export.quantized_translation import VERSION as CONTRIB_VERSION
 from modcompile.export.templates import DOMAIN, OPSET, Example, Template, export_template
 from modcompile.passes.code_key import code_key
 from modcompile.passes.extract_subgraph import get_attribute
@@ -140,4 +142,4 @@ def _values(path: str, count: int) -> list[ir.Value]:
 
 def opset_imports() -> dict[str, int]:
     """The operator sets of a composed graph, before its functions are inlined."""
-    return {"": OPSET, DOMAIN: 1}
+    return {"": OPSET, DOMAIN: 1, CONTRIB_DOMAIN: CONTRIB_VERSION}

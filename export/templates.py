@@ -20,6 +20,7 @@ from torch import nn
 
 from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
+from modcompile.export.quantized_translation import TRANSLATIONS
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes.extract_subgraph import get_attribute
 
@@ -52,7 +53,14 @@ def export_template(module: nn.Module, examples: Sequence[Example], name: str) -
         # Each input an object of its own: export merges the inputs that are one object.
         ep = torch.export.export(module, tuple(tensor.clone() for tensor in first), dynamic_shapes=shapes, strict=False)
     with quiet_exporter():
-        program = torch.onnx.export(ep, dynamo=True, verbose=False, optimize=False, opset_version=OPSET)
+        program = torch.onnx.export(
+            ep,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+            opset_version=OPSET,
+            custom_translation_table=dict(TRANSLATIONS),
+        )
         assert program is not None
         graph = program.model.graph
         state = [value for key, value in graph.initializers.items() if _has_attribute(module, key)]

@@ -66,7 +66,8 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
             }
         )
         self._weights = PrecisionWeights(checkpoint)
-        self._infer_graph = self._choosing(dense)
+        self._dense = dense
+        self._infer_graph = choose_precision(dense, self._weights.branches(dense), self._routers_by_layer())
         self._train_graphs: list[fx.GraphModule] = []
         self.eval()
 
@@ -128,18 +129,23 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.no_grad():
             logits, *rest = self._infer_graph(*inputs)
         cut = len(rest) - len(self.routers)
-        bits = torch.tensor(self.precisions, device=input_ids.device)
         return PrecisionCausalLMOutput(
             loss=_loss(logits, labels, kwargs),
             logits=logits,
             past_key_values=updated_cache(past_key_values, rest[:cut]) if use_cache is not False else None,
-            num_bits=tuple(bits[choice] for choice in rest[cut:]),
+            num_bits=tuple(rest[cut:]),
             tokens=inputs[1][:, -input_ids.shape[1] :] != 0,
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> PrecisionCausalLMOutput:
         """`infer_forward`, or `train_forward` in training mode."""
         return self.train_forward(*args, **kwargs) if self.training else self.infer_forward(*args, **kwargs)
+
+    def export_graph(self) -> fx.GraphModule:
+        """The graph of `infer_forward` on the codes themselves, for `modcompile.export.build_model`."""
+        graph = choose_precision(self._dense, self._weights.packed_branches(self._dense), self._routers_by_layer())
+        graph.get_buffer("precision_bias").copy_(self._infer_graph.get_buffer("precision_bias"))
+        return graph.eval()
 
     def set_precision_bias(self, bias: torch.Tensor | None) -> None:
         """What `infer_forward` adds to the routers' logits, `[blocks, P]` or broadcast to it; None for nothing."""
@@ -185,10 +191,6 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the prompt decides for the prompt, and each new token for itself."""
         return cast(Any, super()).generate(*args, **kwargs)
-
-    def _choosing(self, dense: fx.GraphModule) -> fx.GraphModule:
-        branches = {layer: list(versions.values()) for layer, versions in self._weights.branches(dense).items()}
-        return choose_precision(dense, branches, self._routers_by_layer())
 
     def _mixing(self, dense: fx.GraphModule) -> fx.GraphModule:
         return insert_precision_branches(dense, self._weights.branches(dense), self._routers_by_layer(), SoftMixer())

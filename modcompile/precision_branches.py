@@ -1,11 +1,14 @@
 """The versions of a decoder block at several precisions."""
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.outlined_form import block_calls
 from modcompile.passes.replace_weights import replace_weights
+from modcompile.passes.use_precision import use_precision
 from modcompile.precisions import FULL_PRECISION
 from modcompile.quantized_folder import QuantizedCheckpoint
 
@@ -18,27 +21,45 @@ class PrecisionWeights:
         self._names = {id(parameter): name for name, parameter in checkpoint.base.named_parameters()}
         self._dense: dict[tuple[str, int], torch.Tensor] = {}
 
-    def branches(self, dense: fx.GraphModule) -> dict[int, dict[str, fx.GraphModule]]:
-        """For each block of an outlined graph its versions, the lowest precision first, by `"4"`, `"8"` and so on."""
-        return {
-            layer: {
-                str(precision): self._version(dense.get_submodule(str(call.target)), precision)
+    def branches(self, dense: fx.GraphModule) -> dict[int, dict[int, fx.GraphModule]]:
+        """For each block of an outlined graph its versions by their bits, the lowest first; weights are dequantized."""
+        return self._versions(dense, self._dequantized)
+
+    def packed_branches(self, dense: fx.GraphModule) -> dict[int, dict[int, fx.GraphModule]]:
+        """The same on the codes themselves: slow in PyTorch, and what is exported."""
+        return self._versions(dense, self._packed)
+
+    def _versions(
+        self, dense: fx.GraphModule, version: Callable[[fx.GraphModule, dict[str, str], int], fx.GraphModule]
+    ) -> dict[int, dict[int, fx.GraphModule]]:
+        versions: dict[int, dict[int, fx.GraphModule]] = {}
+        for layer, call in enumerate(block_calls(dense.graph)):
+            block = dense.get_submodule(str(call.target))
+            assert isinstance(block, fx.GraphModule)
+            names = self._quantized_names(block)
+            versions[layer] = {
+                precision: block if precision == FULL_PRECISION else version(block, names, precision)
                 for precision in self._checkpoint.config.precisions
             }
-            for layer, call in enumerate(block_calls(dense.graph))
-        }
+        return versions
 
-    def _version(self, block: torch.nn.Module, precision: int) -> fx.GraphModule:
-        assert isinstance(block, fx.GraphModule)
-        if precision == FULL_PRECISION:
-            return block
-        replaced = {}
+    def _quantized_names(self, block: fx.GraphModule) -> dict[str, str]:
+        """What the checkpoint calls the block's parameters that it has quantized."""
+        named = {}
         for node in block.graph.find_nodes(op="get_attr"):
-            tensor = get_attribute(block, str(node.target))
-            name = self._names.get(id(tensor))
+            name = self._names.get(id(get_attribute(block, str(node.target))))
             if name is not None and name in self._checkpoint.weights:
-                replaced[str(node.target)] = self._at(name, precision, tensor.dtype)
-        return replace_weights(block, replaced, str(precision))
+                named[str(node.target)] = name
+        return named
+
+    def _dequantized(self, block: fx.GraphModule, names: dict[str, str], precision: int) -> fx.GraphModule:
+        dtype = next(block.parameters()).dtype
+        weights = {target: self._at(name, precision, dtype) for target, name in names.items()}
+        return replace_weights(block, weights, str(precision))
+
+    def _packed(self, block: fx.GraphModule, names: dict[str, str], precision: int) -> fx.GraphModule:
+        weights = {target: self._checkpoint.weights[name] for target, name in names.items()}
+        return use_precision(block, weights, precision)
 
     def _at(self, name: str, precision: int, dtype: torch.dtype) -> torch.Tensor:
         if (name, precision) not in self._dense:

@@ -19,7 +19,7 @@ where blocks.i is now, with P branches and `router_logits [B, P]`::
     decide:  the precision of each sequence is the argmax of router_logits + bias; the call's is the highest of them
     keep:    returns clones of `values`
 
-and the choices of the routed blocks (int64 `[B, T]`, the index of the branch) are the last outputs of the graph. The
+and the choices of the routed blocks (int64 `[B, T]`, in bits) are the last outputs of the graph. The
 branches stand one `cond` deep, side by side: ONNX Runtime prepares no quantized weight that lies deeper. It is the form
 for inference.
 """
@@ -50,28 +50,30 @@ class PrecisionInputs(nn.Module):
 
 
 class DecidePrecision(nn.Module):
-    """Which branch a call takes: one boolean `[]` for each, and the choice as int64 `[B, T]`."""
+    """Which branch a call takes: one boolean `[]` for each, and the choice in bits, int64 `[B, T]`."""
 
-    def __init__(self, router: nn.Module, num_precisions: int) -> None:
+    num_bits: torch.Tensor
+
+    def __init__(self, router: nn.Module, precisions: Sequence[int]) -> None:
         super().__init__()
         self.router = router
-        self.num_precisions = num_precisions
+        self.register_buffer("num_bits", torch.tensor(list(precisions)), persistent=False)
 
     def forward(self, hidden: torch.Tensor, token_mask: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
         choice = (self.router(hidden, token_mask) + bias).argmax(-1)
         # A row of nothing but padding asks for nothing.
         choice = choice * token_mask.any(1).squeeze(-1)
         choice = choice.max()
-        chosen = [choice == index for index in range(self.num_precisions)]
-        return *chosen, choice.expand(hidden.shape[0], hidden.shape[1]).clone()
+        chosen = [choice == index for index in range(len(self.num_bits))]
+        return *chosen, self.num_bits[choice].expand(hidden.shape[0], hidden.shape[1]).clone()
 
 
 def choose_precision(
-    gm: fx.GraphModule, branches: Mapping[int, Sequence[fx.GraphModule]], routers: Mapping[int, nn.Module]
+    gm: fx.GraphModule, branches: Mapping[int, Mapping[int, fx.GraphModule]], routers: Mapping[int, nn.Module]
 ) -> fx.GraphModule:
     """Return the outlined form with branched blocks at the layers that are keys of `branches`.
 
-    `branches[i]` are versions of block i, the lowest precision first, in the order of the router's logits.
+    `branches[i]` are versions of block i by their bits, the lowest first, in the order of the router's logits.
 
     Keeps equal: in every call, the graph with the chosen branches in the place of the blocks.
     """
@@ -104,12 +106,13 @@ def choose_precision(
     return fx.GraphModule(modules, graph)
 
 
-def _branched_block(branches: Sequence[fx.GraphModule], router: nn.Module, num_outputs: int) -> fx.GraphModule:
+def _branched_block(by_precision: Mapping[int, fx.GraphModule], router: nn.Module, num_outputs: int) -> fx.GraphModule:
+    branches = list(by_precision.values())
     graph = fx.Graph()
     inputs = [graph.placeholder(node.name) for node in branches[0].graph.find_nodes(op="placeholder")]
     token_mask, bias = graph.placeholder("token_mask"), graph.placeholder("bias")
     decided = graph.call_module("decide", (inputs[0], token_mask, bias))
-    modules: dict[str, nn.Module] = {"decide": DecidePrecision(router, len(branches))}
+    modules: dict[str, nn.Module] = {"decide": DecidePrecision(router, list(by_precision))}
     modules |= {f"branch_{index}": branch for index, branch in enumerate(branches)}
     if len(branches) == 1:
         values = _split(graph, graph.call_module("branch_0", tuple(inputs)), num_outputs)

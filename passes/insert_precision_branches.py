@@ -39,13 +39,13 @@ class TokenMask(nn.Module):
 
 def insert_precision_branches(
     gm: fx.GraphModule,
-    branches: Mapping[int, Mapping[str, fx.GraphModule]],
+    branches: Mapping[int, Mapping[int, fx.GraphModule]],
     routers: Mapping[int, nn.Module],
     mixer: nn.Module,
 ) -> fx.GraphModule:
     """Return the outlined form with mixed blocks at the layers that are keys of `branches`.
 
-    `branches[i]` are versions of block i by the name of their precision, in the order of the router's logits.
+    `branches[i]` are versions of block i by their bits, in the order of the router's logits.
 
     Keeps equal: where the mixer chooses one branch alone, the graph with that branch in the place of the block.
     """
@@ -69,9 +69,9 @@ def insert_precision_branches(
     return fx.GraphModule(modules, graph)
 
 
-def _mixed_block(branches: Mapping[str, fx.GraphModule], router: nn.Module, mixer: nn.Module) -> fx.GraphModule:
+def _mixed_block(branches: Mapping[int, fx.GraphModule], router: nn.Module, mixer: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
-    merged = merge_branches(list(branches.values()), list(branches))
+    merged = merge_branches(list(branches.values()), [str(bits) for bits in branches])
     inputs: Sequence[fx.Node] = [graph.placeholder(node.name) for node in merged.graph.find_nodes(op="placeholder")]
     token_mask = graph.placeholder("token_mask")
     router_logits = graph.call_module("router", (inputs[0], token_mask))

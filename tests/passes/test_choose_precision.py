@@ -26,7 +26,7 @@ class _OfTheFirstToken(nn.Module):
 
 @pytest.fixture(scope="module")
 def chosen(outlined: fx.GraphModule) -> fx.GraphModule:
-    branches = {layer: list(_branches(outlined, layer).values()) for layer in _LAYERS}
+    branches = {layer: _branches(outlined, layer) for layer in _LAYERS}
     return choose_precision(outlined, branches, {layer: _OfTheFirstToken() for layer in _LAYERS})
 
 
@@ -61,7 +61,7 @@ def test_is_the_graph_with_the_chosen_branches(
     }
     expected = _with_blocks(outlined, blocks)(*inputs.flat)
     torch.testing.assert_close(actual, list(expected), rtol=0, atol=0)
-    assert [int(choice.unique()) for choice in (first, last)] == list(choices)
+    assert [int(bits.unique()) for bits in (first, last)] == [(4, 8, 16)[choice] for choice in choices]
     assert first.shape == (2, length)
     assert first.dtype == torch.int64
 
@@ -85,19 +85,19 @@ def test_runs_the_chosen_branch_alone(chosen: fx.GraphModule, model: PreTrainedM
 
 
 def test_one_precision_needs_no_choice(outlined: fx.GraphModule, model: PreTrainedModel) -> None:
-    branch = _branches(outlined, 0)["4"]
-    gm = choose_precision(outlined, {0: [branch]}, {0: _OfTheFirstToken(1)})
+    branch = _branches(outlined, 0)[4]
+    gm = choose_precision(outlined, {0: {4: branch}}, {0: _OfTheFirstToken(1)})
     inputs = make_inputs(model, 2, 4, 3, "left", 0)
     with torch.no_grad():
         *actual, choice = gm(*inputs.flat)
         expected = _with_blocks(outlined, {0: branch})(*inputs.flat)
     torch.testing.assert_close(actual, list(expected), rtol=0, atol=0)
-    assert not choice.any()
+    assert bool((choice == 4).all())
 
 
 def _decide(logits: list[list[float]], mask: list[list[bool]], bias: list[float]) -> tuple[list[bool], torch.Tensor]:
     hidden = torch.tensor(logits).unsqueeze(1).repeat(1, len(mask[0]), 1) / 10
-    *chosen, choice = DecidePrecision(_OfTheFirstToken(), 3)(
+    *chosen, choice = DecidePrecision(_OfTheFirstToken(), (4, 8, 16))(
         hidden, torch.tensor(mask).unsqueeze(-1), torch.tensor(bias)
     )
     return [bool(value) for value in chosen], choice
@@ -116,7 +116,7 @@ def _decide(logits: list[list[float]], mask: list[list[bool]], bias: list[float]
 def test_decides(logits: list[list[float]], mask: list[list[bool]], bias: list[float], expected: int) -> None:
     chosen, choice = _decide(logits, mask, bias)
     assert chosen == [index == expected for index in range(3)]
-    assert choice.tolist() == [[expected]] * len(logits)
+    assert choice.tolist() == [[(4, 8, 16)[expected]]] * len(logits)
 
 
 def test_branches_stay_what_they_are(outlined: fx.GraphModule) -> None:
@@ -124,5 +124,5 @@ def test_branches_stay_what_they_are(outlined: fx.GraphModule) -> None:
     assert isinstance(block, fx.GraphModule)
     before = block.code
     replaced = replace_weights(block, {}, "4")
-    choose_precision(outlined, {0: [replaced, block, replaced]}, {0: _OfTheFirstToken()})
+    choose_precision(outlined, {0: {4: replaced, 8: block, 16: replaced}}, {0: _OfTheFirstToken()})
     assert block.code == before

@@ -11,7 +11,7 @@ from tests.passes.traced import calls
 from tests.tiny_graphs import outlined_graph
 
 _LAYERS = (0, 2)
-_NAMES = ("4", "8", "16")
+_BITS = (4, 8, 16)
 
 
 class _Fixed(nn.Module):
@@ -37,7 +37,7 @@ def dense(architecture: str) -> fx.GraphModule:
     return outlined_graph(architecture, use_cache=False)
 
 
-def _branches(dense: fx.GraphModule, layer: int) -> dict[str, fx.GraphModule]:
+def _branches(dense: fx.GraphModule, layer: int) -> dict[int, fx.GraphModule]:
     """Three versions of a block, the last of which is itself."""
     block = dense.get_submodule(f"blocks.{layer}")
     assert isinstance(block, fx.GraphModule)
@@ -46,7 +46,7 @@ def _branches(dense: fx.GraphModule, layer: int) -> dict[str, fx.GraphModule]:
         replace_weights(block, {name: tensor * factor for name, tensor in weights.items()}, suffix)
         for suffix, factor in (("4", 0.5), ("8", 0.9))
     ]
-    return dict(zip(_NAMES, (*scaled, block), strict=True))
+    return dict(zip(_BITS, (*scaled, block), strict=True))
 
 
 def _with_blocks(dense: fx.GraphModule, blocks: dict[int, fx.GraphModule]) -> fx.GraphModule:
@@ -97,7 +97,7 @@ def test_branches_share_what_comes_before_their_weights(dense: fx.GraphModule, a
     gm = insert_precision_branches(dense, branches, {0: _Fixed(0.0, 0.0, 0.0)}, _Softmax())
     merged = gm.get_submodule("blocks.0.branches")
     assert isinstance(merged, fx.GraphModule)
-    one = calls(branches[0]["16"])
+    one = calls(branches[0][16])
     norm = "layer_norm" if architecture in ("opt", "gpt2") else "rsqrt"
     # That before attention is one for all; that before the MLP each branch has for itself.
     assert (one[norm], calls(merged)[norm]) == (2, 4)

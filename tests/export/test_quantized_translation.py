@@ -1,0 +1,98 @@
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from modcompile.config import PrecisionRouterConfig, QuantizationConfig
+from modcompile.export.build_model import build_model
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.quantizing import quantize_base
+from tests.model_inputs import ModelInputs, make_inputs
+
+_LAYERS = 3
+_BITS = (4, 8, 16)
+# Activations are rounded to int8 there, and here they are not.
+_TOLERANCE = 0.25
+
+
+class _Built:
+    """A model of three precisions, the ONNX model of it, and both run."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.layerwise = LayerwiseQuantizeForCausalLM(
+            quantize_base(base, QuantizationConfig(group_size=32)), PrecisionRouterConfig()
+        )
+        self.model = build_model(self.layerwise.export_graph(), emit_routing=True)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        data = ir.to_proto(self.model).SerializeToString()
+        self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(self, inputs: ModelInputs, choices: list[int] | None = None) -> list[torch.Tensor]:
+        """Logits, keys and values, and the bits of each block."""
+        names = [value.name for value in self.session.get_inputs()]
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs.flat, strict=True)}
+        if choices is not None:
+            bias = np.zeros((_LAYERS, len(_BITS)), np.float32)
+            bias[range(_LAYERS), choices] = np.inf
+            feeds["precision_bias"] = bias
+        return [torch.from_numpy(array) for array in self.session.run(None, feeds)]
+
+
+@pytest.fixture(scope="module")
+def built(model: PreTrainedModel) -> _Built:
+    return _Built(model)
+
+
+@pytest.mark.parametrize("choices", [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 0, 1]])
+@pytest.mark.parametrize(("length", "past"), [(5, 0), (1, 4), (3, 2)])
+def test_one_model_computes_at_every_precision(
+    built: _Built, model: PreTrainedModel, choices: list[int], length: int, past: int
+) -> None:
+    inputs = make_inputs(model, 2, length, past, "left", 0)
+    actual = built.run(inputs, choices)
+    built.layerwise.fix_precision([_BITS[choice] for choice in choices])
+    with torch.no_grad():
+        expected = built.layerwise.export_graph()(*inputs.flat)
+    built.layerwise.fix_precision(None)
+    cut = 1 + 2 * _LAYERS
+    assert [int(bits.unique()) for bits in actual[cut:]] == [_BITS[choice] for choice in choices]
+    assert all(torch.equal(one, other) for one, other in zip(actual[cut:], expected[cut:], strict=True))
+    exact = all(_BITS[choice] == 16 for choice in choices)
+    for one, other in zip(inputs.at_tokens(actual[:cut]), inputs.at_tokens(expected[:cut]), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 if exact else _TOLERANCE)
+
+
+def test_a_session_that_feeds_no_bias_lets_the_routers_choose(built: _Built, model: PreTrainedModel) -> None:
+    inputs = make_inputs(model, 2, 5, 0, "left", 0)
+    actual = built.run(inputs)
+    assert [int(bits.unique()) for bits in actual[-_LAYERS:]] == [16] * _LAYERS
+    outputs = [value.name for value in built.session.get_outputs()]
+    assert outputs[-_LAYERS:] == [f"precision.{layer}" for layer in range(_LAYERS)]
+
+
+def _products(graph: ir.Graph) -> int:
+    """Quantized products of a graph itself, not of its branches."""
+    return sum(node.op_type == "MatMulNBits" for node in graph)
+
+
+def test_quantized_products_stand_one_if_deep(built: _Built, architecture: str) -> None:
+    assert _products(built.model.graph) == 0
+    conditionals = [node for node in built.model.graph if node.op_type == "If"]
+    assert len(conditionals) == 2 * _LAYERS
+    weights = {"gpt2": 4, "opt": 6}.get(architecture, 7)
+    for index, conditional in enumerate(conditionals):
+        branches = [conditional.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+        assert not any(node.op_type == "If" for branch in branches for node in branch)
+        # 4 bits, or 4 + 4; then the original weights, or what there was.
+        expected = [0, 0] if index % 2 else [weights, 2 * weights]
+        assert [_products(branch) for branch in branches] == expected
+
+
+def test_parts_that_precisions_share_are_stored_once(built: _Built) -> None:
+    codes = [value for value in built.model.graph.initializers.values() if value.name and "packed" in value.name]
+    readers = {value.name: len(value.uses()) for value in codes}
+    assert set(readers.values()) == {1, 2}
+    assert sum(count == 2 for count in readers.values()) == len(readers) / 2
