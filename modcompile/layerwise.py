@@ -16,8 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from modcompile.config import PrecisionRouterConfig
 from modcompile.errors import ConfigError
 from modcompile.graph_inputs import graph_inputs, updated_cache
-from modcompile.passes.choose_precision import choose_precision
-from modcompile.passes.insert_precision_branches import insert_precision_branches
+from modcompile.passes import choose_precision, insert_precision_branches
 from modcompile.passes.outlined_form import block_calls, results
 from modcompile.precision_branches import PrecisionWeights
 from modcompile.precision_routers import PrecisionRouter, SoftMixer

@@ -10,25 +10,35 @@ In the order in which they are applied:
 6. `lower_gates`: boolean routing mask → `torch.cond`.
 7. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
 
+For blocks of several precisions, in the place of 4 to 6:
+
+- `replace_weights`, `use_precision`: a block on dequantized weights, or on the codes themselves.
+- `insert_precision_branches`: every block → router, a branch for each precision, mix.
+- `choose_precision`: every block → router, `torch.cond` between the branches.
+
 After each of them the graph runs in PyTorch, in the form that `outlined_form` describes from the second on.
 """
 
 if __name__ != "modcompile.passes":
     raise ImportError("import this package as modcompile.passes")
 
+from modcompile.passes.choose_precision import choose_precision
 from modcompile.passes.drop_guards import drop_guards
 from modcompile.passes.fuse_operators import fuse_operators
 from modcompile.passes.harden_gates import harden_gates
 from modcompile.passes.insert_depth_gates import insert_depth_gates
+from modcompile.passes.insert_precision_branches import insert_precision_branches
 from modcompile.passes.lower_gates import lower_gates
 from modcompile.passes.outline_blocks import outline_blocks
 from modcompile.passes.repeat_blocks import repeat_blocks
 
 __all__ = [
+    "choose_precision",
     "drop_guards",
     "fuse_operators",
     "harden_gates",
     "insert_depth_gates",
+    "insert_precision_branches",
     "lower_gates",
     "outline_blocks",
     "repeat_blocks",
