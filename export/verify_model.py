@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from modcompile.errors import ModcompileError, VerificationError
+from modcompile.export.compare_in_double import errors_to_double
 from modcompile.export.paired_steps import paired_steps
 from modcompile.export.session import MODEL_FILE, THRESHOLD_INPUT, Array, RoutedSession
 from modcompile.export.tell_routes import TellRoutes
@@ -22,7 +23,8 @@ def verify_model(model: RoutedForCausalLM, folder: Path, cases: Sequence[Case]) 
 
     Logits are compared at every token that is not padding, up to the first route of its row that differs. Routes are
     read from a second graph on the same weights, in which every `If` tells what it did; it is not kept. The first case
-    has the thresholds that the artifact holds.
+    has the thresholds that the artifact holds. Where logits differ by more than the bound, float64 decides whose fault
+    that is (`errors_to_double`).
     """
     result = Verification(versions=versions())
     telling = folder / ".routing.onnx"
@@ -36,6 +38,8 @@ def verify_model(model: RoutedForCausalLM, folder: Path, cases: Sequence[Case]) 
         session.thresholds = cases[0].thresholds
         result.cases["as shipped"] = _largest(shipped - _logits(session, cases[0]))
         result.max_logit_difference = max(result.cases.values())
+        doubtful = [case for case in cases if case.name in result.cases_out_of_bounds]
+        result.errors_to_double = errors_to_double(model, session, doubtful) if doubtful else {}
         result.judge()
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         result.failures.append(f"the ONNX checker refuses the model: {str(error).splitlines()[0]}")

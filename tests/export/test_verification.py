@@ -20,13 +20,26 @@ def test_the_bounds_are_those_promised() -> None:
 
 
 def test_passes_within_bounds() -> None:
-    assert failures(Verification(max_logit_difference=1e-3, equal_routes=0.999)) == []
+    assert failures(Verification(cases={"all skipped": 1e-3}, equal_routes=0.999)) == []
 
 
 @pytest.mark.parametrize("difference", [1.1e-3, math.inf, math.nan])
 def test_fails_where_logits_differ(difference: float) -> None:
-    (failure,) = failures(Verification(max_logit_difference=difference))
-    assert failure == f"logits differ by {difference:.2g}, more than 0.001"
+    (failure,) = failures(Verification(cases={"all skipped": 1e-6, "all executed": difference}))
+    assert failure == f"logits differ by {difference:.2g}, more than 0.001 (all executed)"
+
+
+@pytest.mark.parametrize(
+    ("torch_error", "onnx_error", "passes"),
+    [(1e-3, 4e-3, True), (1e-3, 4.1e-3, False), (0.0, 1e-3, False), (math.nan, 1e-3, False), (1e-3, math.inf, False)],
+)
+def test_where_they_differ_the_artifact_may_be_as_wrong_as_pytorch(
+    torch_error: float, onnx_error: float, passes: bool
+) -> None:
+    errors = {"all executed": {"torch": torch_error, "onnx": onnx_error}}
+    result = Verification(cases={"all skipped": 1e-6, "all executed": 2e-3}, errors_to_double=errors)
+    assert result.cases_out_of_bounds == ["all executed"]
+    assert (failures(result) == []) is passes
 
 
 @pytest.mark.parametrize("share", [0.9989, 0.0, math.nan])
@@ -42,7 +55,7 @@ def test_fails_where_an_if_was_seen_from_one_side_only() -> None:
 
 
 def test_tells_everything_that_failed() -> None:
-    everything = Verification(max_logit_difference=1.0, equal_routes=0.5, never_skipped=[0], never_executed=[0])
+    everything = Verification(cases={"own": 1.0}, equal_routes=0.5, never_skipped=[0], never_executed=[0])
     assert len(failures(everything)) == 4
 
 
@@ -51,7 +64,11 @@ def test_json_holds_what_was_found() -> None:
     result.judge()
     data = json.loads(json.dumps(result.as_json()))
     assert data["passed"] is True
-    assert data["bounds"] == {"max_logit_difference": 1e-3, "equal_routes": 0.999}
+    assert data["bounds"] == {
+        "max_logit_difference": 1e-3,
+        "or_error_to_double_relative_to_torch": 4.0,
+        "equal_routes": 0.999,
+    }
     assert {"max_logit_difference", "equal_routes", "perplexity_torch", "perplexity_onnx", "active_ratio"} < data.keys()
     result.failures.append("something")
     assert result.as_json()["passed"] is False

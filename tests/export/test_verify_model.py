@@ -18,7 +18,7 @@ from modcompile.modeling import RoutedForCausalLM
 from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
 
 TEXTS = [[(row * 37 + index * 11) % 300 for index in range(100)] for row in range(8)]
-NOT_EQUAL = r"logits differ by \S+, more than 0\.001"
+NOT_EQUAL = r"logits differ by \S+, more than 0\.001 \(.+\)"
 
 
 @pytest.fixture
