@@ -52,8 +52,8 @@ class ExportResult:
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
             "equal, every If was seen on both sides\n"
-            f"perplexity {proved.perplexity_torch:.3f} in PyTorch, {proved.perplexity_onnx:.3f} in ONNX Runtime, "
-            f"active ratio {proved.active_ratio:.3f}"
+            f"on these texts perplexity {proved.perplexity_torch:.3f} in PyTorch, {proved.perplexity_onnx:.3f} in "
+            f"ONNX Runtime, active ratio {proved.active_ratio:.3f}"
         )
 
 

@@ -139,7 +139,9 @@ def _summary(streamer: TimedStreamer, active_ratio: float | None) -> str:
     parts = [f"{streamer.new_tokens} new token{'s' if streamer.new_tokens != 1 else ''}"]
     parts += [f"{name} {rate:.1f} tokens/s" for name, rate in rates.items() if rate is not None]
     parts.append(
-        "active ratio not told by this artifact" if active_ratio is None else f"active ratio {active_ratio:.3f}"
+        "active ratio not told by this artifact (export it with --emit_routing)"
+        if active_ratio is None
+        else f"active ratio {active_ratio:.3f}"
     )
     return ", ".join(parts)
 

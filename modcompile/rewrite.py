@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if training.resume_from_checkpoint is not None:
         raise ConfigError("--resume_from_checkpoint goes on with a training: give it to python -m modcompile.train")
+    if training.max_train_steps is not None and not data.source:
+        raise ConfigError(
+            "--max_train_steps asks for a training, but there is no data; add, say, --dataset_name builtin"
+        )
     source = find_checkpoint(name)
     output = Path(training.output_dir if training.has_output_dir else f"{source.name}-routed")
     check_routed_target(output, overwrite=training.overwrite_output_dir)

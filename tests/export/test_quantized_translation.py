@@ -10,6 +10,7 @@ from modcompile.export.build_model import build_model
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.quantizing import quantize_base
 from tests.model_inputs import ModelInputs, make_inputs
+from tests.tiny_models import tiny_model
 
 _LAYERS = 3
 _BITS = (4, 8, 16)
@@ -42,8 +43,8 @@ class _Built:
 
 
 @pytest.fixture(scope="module")
-def built(model: PreTrainedModel) -> _Built:
-    return _Built(model)
+def built(architecture: str) -> _Built:
+    return _Built(tiny_model(architecture))  # its own: it is frozen
 
 
 @pytest.mark.parametrize("choices", [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 0, 1]])

@@ -136,6 +136,7 @@ def test_rewrites_trains_and_exports_in_one_go(base_folder: Path) -> None:
         (["--train_file", "one.txt", "--sequence_length", "16"], "fewer than two tokens"),
         (["--dataset_name", "builtin"], "--sequence_length 512 is above the 128 positions"),
         (["--resume_from_checkpoint", "true"], "python -m modcompile.train"),
+        (["--max_train_steps", "2"], "add, say, --dataset_name builtin"),
         (["--router_pattern", "most"], "--router_pattern"),
     ],
 )
