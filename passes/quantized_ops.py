@@ -1,29 +1,12 @@
-"""Operators on quantized weights: making a weight of its codes, and multiplying by it without making it.
+"""Multiplying by a quantized weight without making it.
 
-Both have a PyTorch reference; ONNX Runtime has the second, as
+It has a PyTorch reference here; ONNX Runtime has it as
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
 
 import torch
 
 from modcompile.quantization import QuantizedWeight, unpack
-
-
-@torch.library.custom_op("modcompile::dequantize", mutates_args=())
-def dequantize(
-    packed: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, num_bits: int, in_features: int
-) -> torch.Tensor:
-    """The weight `[N, in_features]`, in the dtype of `scales`, of codes packed by `modcompile.quantization.pack`."""
-    codes = unpack(packed, num_bits)
-    weight = QuantizedWeight(codes, scales, zero_points, num_bits).dequantize(in_features)
-    return weight.to(scales.dtype).contiguous()
-
-
-@dequantize.register_fake
-def _(
-    packed: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, num_bits: int, in_features: int
-) -> torch.Tensor:
-    return scales.new_empty(packed.shape[0], in_features)
 
 
 @torch.library.custom_op("modcompile::matmul_nbits", mutates_args=())
@@ -50,5 +33,4 @@ def _(
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-DEQUANTIZE = torch.ops.modcompile.dequantize.default
 MATMUL_NBITS = torch.ops.modcompile.matmul_nbits.default

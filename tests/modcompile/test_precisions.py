@@ -1,7 +1,9 @@
+from typing import Literal
+
 import pytest
 import torch
 
-from modcompile.config import QuantizationConfig
+from modcompile.config import QuantizationConfig, RoundingMethod
 from modcompile.precisions import part_bits, quantize_weight
 from modcompile.quantization import quantize
 
@@ -39,15 +41,15 @@ def test_the_child_is_what_its_bits_alone_would_be(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_parent_is_nearly_what_its_bits_alone_would_be(method: str, symmetric: bool) -> None:
-    config = QuantizationConfig(precisions=[4, 8], symmetric=symmetric, method=method)  # type: ignore[arg-type]
+def test_the_parent_is_nearly_what_its_bits_alone_would_be(method: RoundingMethod, symmetric: bool) -> None:
+    config = QuantizationConfig(precisions=[4, 8], symmetric=symmetric, method=method)
     alone = quantize(_WEIGHT, 8, 64, symmetric=symmetric).dequantize(200)
     assert _error(quantize_weight(_WEIGHT, config).dequantize(8)) < 2 * _error(alone)
 
 
 @pytest.mark.parametrize("sharing", ["nested", "separate"])
-def test_more_bits_lose_less(sharing: str) -> None:
-    config = QuantizationConfig(precisions=[2, 4, 8], weight_sharing=sharing)  # type: ignore[arg-type]
+def test_more_bits_lose_less(sharing: Literal["nested", "separate"]) -> None:
+    config = QuantizationConfig(precisions=[2, 4, 8], weight_sharing=sharing)
     weight = quantize_weight(_WEIGHT, config)
     two, four, eight = (_error(weight.dequantize(precision)) for precision in (2, 4, 8))
     assert eight < four / 4 < two / 4

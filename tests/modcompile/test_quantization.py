@@ -17,8 +17,8 @@ def _weight(seed: int, rows: int = 3, columns: int = 70) -> torch.Tensor:
     return weight
 
 
-def _error(weight: torch.Tensor, **options: object) -> float:
-    quantized = quantize(weight, group_size=GROUP, **options)  # type: ignore[arg-type]
+def _error(weight: torch.Tensor, num_bits: int, method: RoundingMethod, symmetric: bool = True) -> float:
+    quantized = quantize(weight, num_bits, GROUP, symmetric=symmetric, method=method)
     return float((quantized.dequantize(weight.shape[1]) - weight).square().sum())
 
 
