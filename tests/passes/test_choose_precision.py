@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from modcompile.passes.choose_precision import DecidePrecision, choose_precision
 from modcompile.passes.replace_weights import replace_weights
-from tests.model_inputs import make_inputs
-from tests.passes.test_insert_precision_branches import _branches, _with_blocks
+from tests.model_inputs import Padding, make_inputs
+from tests.passes.block_versions import branches_of, with_blocks
 
 _LAYERS = (0, 2)
 
@@ -26,7 +26,7 @@ class _OfTheFirstToken(nn.Module):
 
 @pytest.fixture(scope="module")
 def chosen(outlined: fx.GraphModule) -> fx.GraphModule:
-    branches = {layer: _branches(outlined, layer) for layer in _LAYERS}
+    branches = {layer: branches_of(outlined, layer) for layer in _LAYERS}
     return choose_precision(outlined, branches, {layer: _OfTheFirstToken() for layer in _LAYERS})
 
 
@@ -44,22 +44,23 @@ def _forced(gm: fx.GraphModule, choices: tuple[int, ...]) -> None:
     padding=st.sampled_from(["none", "left", "right"]),
 )
 @torch.no_grad()
-def test_is_the_graph_with_the_chosen_branches(
+def test_is_the_graph_with_the_chosenbranches_of(
     outlined: fx.GraphModule,
     chosen: fx.GraphModule,
     model: PreTrainedModel,
     choices: tuple[int, int],
     length: int,
     past: int,
-    padding: str,
+    padding: Padding,
 ) -> None:
-    inputs = make_inputs(model, 2, length, past, padding, 0)  # type: ignore[arg-type]
+    inputs = make_inputs(model, 2, length, past, padding, 0)
     _forced(chosen, choices)
     *actual, first, last = chosen(*inputs.flat)
     blocks = {
-        layer: list(_branches(outlined, layer).values())[choice] for layer, choice in zip(_LAYERS, choices, strict=True)
+        layer: list(branches_of(outlined, layer).values())[choice]
+        for layer, choice in zip(_LAYERS, choices, strict=True)
     }
-    expected = _with_blocks(outlined, blocks)(*inputs.flat)
+    expected = with_blocks(outlined, blocks)(*inputs.flat)
     torch.testing.assert_close(actual, list(expected), rtol=0, atol=0)
     assert [int(bits.unique()) for bits in (first, last)] == [(4, 8, 16)[choice] for choice in choices]
     assert first.shape == (2, length)
@@ -85,12 +86,12 @@ def test_runs_the_chosen_branch_alone(chosen: fx.GraphModule, model: PreTrainedM
 
 
 def test_one_precision_needs_no_choice(outlined: fx.GraphModule, model: PreTrainedModel) -> None:
-    branch = _branches(outlined, 0)[4]
+    branch = branches_of(outlined, 0)[4]
     gm = choose_precision(outlined, {0: {4: branch}}, {0: _OfTheFirstToken(1)})
     inputs = make_inputs(model, 2, 4, 3, "left", 0)
     with torch.no_grad():
         *actual, choice = gm(*inputs.flat)
-        expected = _with_blocks(outlined, {0: branch})(*inputs.flat)
+        expected = with_blocks(outlined, {0: branch})(*inputs.flat)
     torch.testing.assert_close(actual, list(expected), rtol=0, atol=0)
     assert bool((choice == 4).all())
 

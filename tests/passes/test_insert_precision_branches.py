@@ -4,14 +4,12 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from modcompile.passes.insert_precision_branches import TokenMask, insert_precision_branches
-from modcompile.passes.outlined_form import called_modules, copy_graph
-from modcompile.passes.replace_weights import replace_weights
 from tests.model_inputs import make_inputs
+from tests.passes.block_versions import branches_of, with_blocks
 from tests.passes.traced import calls
 from tests.tiny_graphs import outlined_graph
 
 _LAYERS = (0, 2)
-_BITS = (4, 8, 16)
 
 
 class _Fixed(nn.Module):
@@ -37,36 +35,18 @@ def dense(architecture: str) -> fx.GraphModule:
     return outlined_graph(architecture, use_cache=False)
 
 
-def _branches(dense: fx.GraphModule, layer: int) -> dict[int, fx.GraphModule]:
-    """Three versions of a block, the last of which is itself."""
-    block = dense.get_submodule(f"blocks.{layer}")
-    assert isinstance(block, fx.GraphModule)
-    weights = {name: tensor.detach() for name, tensor in block.named_parameters() if tensor.dim() == 2}
-    scaled = [
-        replace_weights(block, {name: tensor * factor for name, tensor in weights.items()}, suffix)
-        for suffix, factor in (("4", 0.5), ("8", 0.9))
-    ]
-    return dict(zip(_BITS, (*scaled, block), strict=True))
-
-
-def _with_blocks(dense: fx.GraphModule, blocks: dict[int, fx.GraphModule]) -> fx.GraphModule:
-    graph, outputs = copy_graph(dense)
-    graph.output(outputs)
-    return fx.GraphModule(called_modules(dense) | {f"blocks.{layer}": block for layer, block in blocks.items()}, graph)
-
-
 @pytest.mark.parametrize("chosen", range(3))
 @torch.no_grad()
 def test_one_branch_alone_stands_in_the_place_of_the_block(
     dense: fx.GraphModule, model: PreTrainedModel, chosen: int
 ) -> None:
-    branches = {layer: _branches(dense, layer) for layer in _LAYERS}
+    branches = {layer: branches_of(dense, layer) for layer in _LAYERS}
     logits = [200.0 * (index == chosen) for index in range(3)]
     routers = {layer: _Fixed(*logits) for layer in _LAYERS}
     gm = insert_precision_branches(dense, branches, routers, _Softmax())
     inputs = make_inputs(model, 3, 5, 0, "left", 0)
     actual, *weights = gm(*inputs.tokens)
-    expected = _with_blocks(dense, {layer: list(branches[layer].values())[chosen] for layer in _LAYERS})(*inputs.tokens)
+    expected = with_blocks(dense, {layer: list(branches[layer].values())[chosen] for layer in _LAYERS})(*inputs.tokens)
     torch.testing.assert_close(inputs.at_tokens([actual]), inputs.at_tokens(expected), rtol=0, atol=1e-6)
     assert [tuple(weight.shape) for weight in weights] == [(3, 1, 3)] * len(_LAYERS)
     for router in routers.values():
@@ -74,7 +54,7 @@ def test_one_branch_alone_stands_in_the_place_of_the_block(
 
 
 def test_mixes_by_the_weights_and_trains_the_routers(dense: fx.GraphModule, model: PreTrainedModel) -> None:
-    branches, routers = {0: _branches(dense, 0)}, {0: _Fixed(0.1, 0.2, 0.3)}
+    branches, routers = {0: branches_of(dense, 0)}, {0: _Fixed(0.1, 0.2, 0.3)}
     gm = insert_precision_branches(dense, branches, routers, _Softmax())
     block = gm.get_submodule("blocks.0")
     assert isinstance(block, fx.GraphModule)
@@ -93,7 +73,7 @@ def test_mixes_by_the_weights_and_trains_the_routers(dense: fx.GraphModule, mode
 
 
 def test_branches_share_what_comes_before_their_weights(dense: fx.GraphModule, architecture: str) -> None:
-    branches = {0: _branches(dense, 0)}
+    branches = {0: branches_of(dense, 0)}
     gm = insert_precision_branches(dense, branches, {0: _Fixed(0.0, 0.0, 0.0)}, _Softmax())
     merged = gm.get_submodule("blocks.0.branches")
     assert isinstance(merged, fx.GraphModule)
