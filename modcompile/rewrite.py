@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from modcompile.checkpoint_sources import find_checkpoint
+from modcompile.checkpoint_config import load_config
+from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
@@ -47,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = find_checkpoint(name)
     output = Path(training.output_dir if training.has_output_dir else f"{source.name}-routed")
     check_routed_target(output, overwrite=training.overwrite_output_dir)
-    base, tokenizer = load_base(source), load_tokenizer(source)
-    # Before anything is written: whether the data can be used.
-    blocks = load_training_blocks(data, tokenizer, base.config) if data.source else None
+    tokenizer = load_tokenizer(source)
+    # Before the model, which takes longer: whether the data can be used.
+    config = load_config(source, fetch_checkpoint(source))
+    blocks = load_training_blocks(data, tokenizer, config) if data.source else None
+    base = load_base(source)
     set_seed(training.seed)
     write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
     if blocks is not None:

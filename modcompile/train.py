@@ -59,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         blocks = _blocks_for(given, router, data)
     else:
         check_routed_target(output, overwrite=overwrite)
-        base, tokenizer = load_base(source), load_tokenizer(source)
-        blocks = load_training_blocks(data, tokenizer, base.config)
+        # The data before the model, which takes longer.
+        tokenizer = load_tokenizer(source)
+        blocks = load_training_blocks(data, tokenizer, load_config(source, fetch_checkpoint(source)))
+        base = load_base(source)
         set_seed(training.seed)
         write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
     train_routers(folder, output, blocks, budget, training)
