@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from modcompile.checkpoint_sources import find_checkpoint
@@ -30,12 +28,14 @@ from modcompile.errors import ArtifactError, ConfigError
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import staged_folder
 from modcompile.routed_graph import build_routed
-from modcompile.version import __version__
+from modcompile.router_weights import load_router_weights, save_router_weights
+from modcompile.versioned_json import read_versioned, versioned
 
 FORMAT_VERSION = 1
 ROUTER_CONFIG = "router_config.json"
 ROUTERS = "routers.safetensors"
 REPORT = "report.json"
+_AGAIN = "run modcompile.rewrite again"
 
 
 def is_routed_folder(folder: Path) -> bool:
@@ -72,9 +72,7 @@ def load_with_routers(
     try:
         model = build_routed(base.to(device=device, dtype=dtype), config, use_cache=use_cache)
     except ConfigError as error:
-        raise ArtifactError(
-            f"{folder / ROUTER_CONFIG} does not fit the model beside it ({error}); run modcompile.rewrite again"
-        ) from error
+        raise ArtifactError(f"{folder / ROUTER_CONFIG} does not fit the model beside it ({error}); {_AGAIN}") from error
     load_routers(model, folder)
     model.set_router_mode(hard_threshold)
     return model
@@ -95,20 +93,11 @@ def read_router_config(folder: Path) -> RouterConfig:
         raise ArtifactError(
             f"{folder} has no {ROUTER_CONFIG}: it was not made by modcompile.rewrite, or not to its end"
         )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        version = stored["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); run modcompile.rewrite again") from error
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format {version}, this modcompile {__version__} reads format {FORMAT_VERSION}; "
-            "run modcompile.rewrite again, or use the version that wrote it"
-        )
+    stored = read_versioned(path, FORMAT_VERSION, again=_AGAIN)
     try:
         return RouterConfig(**stored["routers"])
     except (KeyError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); run modcompile.rewrite again") from error
+        raise ArtifactError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
 def write_routed_folder(
@@ -161,21 +150,10 @@ def update_report(folder: Path, key: str, data: dict[str, Any]) -> None:
     write_json(folder / REPORT, {**read_report(folder), key: data})
 
 
-def router_config_json(config: RouterConfig) -> dict[str, Any]:
-    """What `router_config.json` holds."""
-    return {"format_version": FORMAT_VERSION, "modcompile_version": __version__, "routers": asdict(config)}
-
-
 def save_routers(model: RoutedForCausalLM, folder: Path) -> None:
     """Write `routers.safetensors` and `router_config.json` into a folder that exists."""
-    save_router_weights(model, folder / ROUTERS)
-    write_json(folder / ROUTER_CONFIG, router_config_json(model.router_config))
-
-
-def save_router_weights(model: RoutedForCausalLM, path: Path) -> None:
-    """Write the parameters of the routers to a safetensors file."""
-    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _router_state(model).items()}
-    save_file(state, path, metadata={"format": "pt"})
+    save_router_weights(model.routers, folder / ROUTERS)
+    write_json(folder / ROUTER_CONFIG, versioned(FORMAT_VERSION, {"routers": asdict(model.router_config)}))
 
 
 def load_routers(model: RoutedForCausalLM, folder: Path) -> None:
@@ -184,31 +162,4 @@ def load_routers(model: RoutedForCausalLM, folder: Path) -> None:
     Raises:
         ArtifactError: the file is missing or damaged, or holds the routers of another model.
     """
-    path = folder / ROUTERS
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} can't be read ({error}); run modcompile.rewrite again") from error
-    wanted = {name: tensor.shape for name, tensor in _router_state(model).items()}
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    if found != wanted:
-        name = min(wanted.items() ^ found.items())[0]
-        raise ArtifactError(
-            f"{path} holds the routers of another model: {name} is {_shape(found.get(name))}, here it is "
-            f"{_shape(wanted.get(name))}; run modcompile.rewrite again"
-        )
-    for layer, router in model.routers.items():
-        prefix = f"routers.{layer}."
-        router.load_state_dict({name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)})
-
-
-def _router_state(model: RoutedForCausalLM) -> dict[str, torch.Tensor]:
-    return {
-        f"routers.{layer}.{name}": tensor
-        for layer, router in model.routers.items()
-        for name, tensor in router.state_dict().items()
-    }
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else f"of shape {list(shape)}"
+    load_router_weights(model.routers, folder / ROUTERS, again=_AGAIN)

@@ -12,7 +12,6 @@ A part completes the precision that it is named after (`modcompile.precisions`).
 where the base has them the other way round (`transposed` in the configuration).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from modcompile.errors import ArtifactError, ConfigError
 from modcompile.output_folder import staged_folder
 from modcompile.precisions import FULL_PRECISION, MultiPrecisionWeight, PackedWeight, part_bits
 from modcompile.progress import quiet_transformers
-from modcompile.version import __version__
+from modcompile.versioned_json import read_versioned, versioned
 
 FORMAT_VERSION = 1
 QUANTIZATION_CONFIG = "quantization_config.json"
@@ -83,14 +82,12 @@ def write_quantized_folder(
             }
             save_file(kept, staging / _BASE_WEIGHTS, metadata={"format": "pt"})
         save_file(_state(checkpoint.weights), staging / QUANTIZED, metadata={"format": "pt"})
-        stored = {
-            "format_version": FORMAT_VERSION,
-            "modcompile_version": __version__,
+        content = {
             "quantization": asdict(checkpoint.config),
             "weights": {name: weight.in_features for name, weight in checkpoint.weights.items()},
             "transposed": sorted(checkpoint.transposed),
         }
-        write_json(staging / QUANTIZATION_CONFIG, stored)
+        write_json(staging / QUANTIZATION_CONFIG, versioned(FORMAT_VERSION, content))
 
 
 def read_quantized_folder(folder: Path, precisions: Sequence[int] | None = None) -> QuantizedCheckpoint:
@@ -141,17 +138,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} has no {QUANTIZATION_CONFIG}: it was not made by modcompile.quantize, or not to its end"
         )
-    try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = stored["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); {_AGAIN}") from error
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format {version}, this modcompile {__version__} reads format {FORMAT_VERSION}; "
-            f"{_AGAIN}, or use the version that wrote it"
-        )
-    return stored
+    return read_versioned(path, FORMAT_VERSION, again=_AGAIN)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

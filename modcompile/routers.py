@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from modcompile.straight_through import straight_through
+
 
 class DepthScore(nn.Module):
     """Hidden state `[B, T, H]` → score `[B, T, 1]`: LayerNorm → Linear → SiLU → dropout → Linear.
@@ -54,24 +56,11 @@ class SoftGate(nn.Module):
 class StraightThroughGate(nn.Module):
     """`router_logits` → gate in {0, 1}: `sigmoid(router_logits) > 0.5` forward, the sigmoid's gradient backward.
 
-    What is trained is then what will be skipped at a threshold of 0.5 (Bengio et al., 2013, arXiv:1308.3432).
+    What is trained is then what will be skipped at a threshold of 0.5.
     """
 
     def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
         gate = torch.sigmoid(router_logits)
         if not gate.requires_grad:
             return (router_logits > 0).to(gate.dtype)
-        passed: torch.Tensor = _StraightThrough.apply(gate, router_logits > 0)
-        return passed
-
-
-class _StraightThrough(torch.autograd.Function):
-    """`hard + soft - soft.detach()` without its rounding: the gate is exactly 0 or 1."""
-
-    @staticmethod
-    def forward(ctx: object, gate: torch.Tensor, routing_mask: torch.Tensor) -> torch.Tensor:
-        return routing_mask.to(gate.dtype)
-
-    @staticmethod
-    def backward(ctx: object, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0], None
+        return straight_through(gate, router_logits > 0)

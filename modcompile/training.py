@@ -7,7 +7,7 @@ from typing import Any
 from datasets import DatasetDict
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from modcompile.artifacts import ROUTERS, copy_routed_folder, load_with_routers, save_router_weights, update_report
+from modcompile.artifacts import ROUTERS, copy_routed_folder, load_with_routers, update_report
 from modcompile.config import BudgetConfig
 from modcompile.data import DataConfig
 from modcompile.disk_errors import output_errors
@@ -16,6 +16,7 @@ from modcompile.errors import DataError
 from modcompile.packing import load_blocks
 from modcompile.progress import show_elapsed
 from modcompile.rewriting import describe, share_of_parameters
+from modcompile.router_weights import save_router_weights
 from modcompile.trainer import RouterTrainer
 from modcompile.training_arguments import RouterTrainingArguments
 from modcompile.training_checkpoints import find_training_checkpoint, training_checkpoints
@@ -73,7 +74,7 @@ def train_routers(
     report = {"budget": vars(budget), "steps": result.global_step, "parameters": share_of_parameters(model)}
     # Before the evaluation, which may be interrupted, or bring the routers to another dtype (--bf16_full_eval).
     if trainer.is_world_process_zero():
-        replace_file(output / ROUTERS, lambda staging: save_router_weights(model, staging))
+        replace_file(output / ROUTERS, lambda staging: save_router_weights(model.routers, staging))
         update_report(output, "training", report)
     metrics = {**result.metrics, **trainer.evaluate()}
     if trainer.is_world_process_zero():

@@ -67,7 +67,7 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
     calls = routed_calls(gm, graph)
     modules: dict[str, nn.Module | torch.Tensor] = dict(called_modules(gm))
     device = next(gm.parameters()).device
-    routers = [_score_and_bias(gm.get_submodule(f"{call.target}.router"), device) for call in calls]
+    routers = [score_and_bias(gm.get_submodule(f"{call.target}.router"), device) for call in calls]
     modules["routing_inputs"] = RoutingInputs(bias for _, bias in routers)
     modules["routing_threshold"] = torch.full((len(calls),), 0.5, device=device)
 
@@ -90,7 +90,7 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(modules, graph)
 
 
-def _score_and_bias(router: nn.Module, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
+def score_and_bias(router: nn.Module, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
     """A router as `score(hidden) + bias`; one that does not tell them apart is all score."""
     if hasattr(router, "score"):
         return cast(nn.Module, router.score), cast(torch.Tensor, router.bias)

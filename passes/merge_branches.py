@@ -24,10 +24,10 @@ from modcompile.passes.extract_subgraph import get_attribute
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
-def merge_branches(branches: Sequence[fx.GraphModule], names: Sequence[str]) -> fx.GraphModule:
+def merge_branches(branches: Sequence[fx.GraphModule]) -> fx.GraphModule:
     """A flat GraphModule that returns the outputs of all `branches` in turn; their placeholders must be the same.
 
-    A tensor that several branches share keeps its name; what is a branch's own gets that of the branch before it.
+    A tensor that several branches share keeps its name; what is a branch's own gets the number of the branch before it.
 
     Keeps equal: every output, bit for bit.
     """
@@ -37,7 +37,7 @@ def merge_branches(branches: Sequence[fx.GraphModule], names: Sequence[str]) -> 
     known: dict[Any, fx.Node] = {}
     attributes: dict[str, torch.Tensor | nn.Module] = {}
     outputs: list[fx.Node] = []
-    for branch, name in zip(branches, names, strict=True):
+    for number, branch in enumerate(branches):
         env: dict[fx.Node, fx.Node] = {}
         for node, merged in zip(branch.graph.find_nodes(op="placeholder"), inputs, strict=True):
             env[node] = merged
@@ -49,7 +49,7 @@ def merge_branches(branches: Sequence[fx.GraphModule], names: Sequence[str]) -> 
             if key is None or key not in known:
                 copied = graph.node_copy(node, env.__getitem__)
                 if node.op in ("get_attr", "call_module"):
-                    copied.target = _add(attributes, str(node.target), _attribute(branch, node), name)
+                    copied.target = _add(attributes, str(node.target), _attribute(branch, node), number)
                 env[node] = copied
                 if key is not None:
                     known[key] = copied
@@ -75,10 +75,10 @@ def _attribute(branch: fx.GraphModule, node: fx.Node) -> Any:
     return get_attribute(branch, str(node.target))
 
 
-def _add(attributes: dict[str, Any], target: str, value: Any, name: str) -> str:
+def _add(attributes: dict[str, Any], target: str, value: Any, number: int) -> str:
     if target in attributes and attributes[target] is not value:
         path, dot, leaf = target.rpartition(".")
-        target = f"{path}{dot}{name}_{leaf}"
+        target = f"{path}{dot}branch_{number}_{leaf}"
     attributes[target] = value
     return target
 

@@ -10,6 +10,7 @@ and value `[B, heads, P + T, D]` after it. A routed block returns its gate `[B, 
 it has the child `router` while it is soft and the child `decide`, which holds the router, once it is hard.
 """
 
+import operator
 from typing import Any
 
 from torch import fx, nn
@@ -39,6 +40,17 @@ def routed_layers(gm: fx.GraphModule) -> list[int]:
 def results(call: fx.Node) -> list[fx.Node]:
     """The values that a call returns, in order (each exists once as a `getitem`)."""
     return sorted(call.users, key=lambda user: int(str(user.args[1])))
+
+
+def getitems(call: fx.Node, count: int) -> list[fx.Node]:
+    """The same of a new call, made here."""
+    return [call.graph.call_function(operator.getitem, (call, index)) for index in range(count)]
+
+
+def num_outputs(gm: fx.GraphModule) -> int:
+    """How many values a graph returns."""
+    (output,) = gm.graph.find_nodes(op="output")
+    return len(output.args[0])
 
 
 def called_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:

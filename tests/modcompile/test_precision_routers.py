@@ -1,19 +1,20 @@
 import torch
 from torch import nn
 
-from modcompile.precision_routers import PrecisionRouter, SoftMixer
+from modcompile.passes.decide_precision import token_weights_of
+from modcompile.precision_routers import PrecisionRouter, SoftMixer, StraightThroughMixer
 
 _HIDDEN = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-_MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool).unsqueeze(-1)
+_WEIGHTS = token_weights_of(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool).unsqueeze(-1))
 
 
-def _router(dropout: float = 0.0) -> PrecisionRouter:
+def _router(dropout: float = 0.0, *, for_tokens: bool = False) -> PrecisionRouter:
     torch.manual_seed(0)
-    return PrecisionRouter(8, 3, dropout=dropout)
+    return PrecisionRouter(8, 3, dropout=dropout, for_tokens=for_tokens)
 
 
-def _trained() -> PrecisionRouter:
-    router = _router()
+def _trained(*, for_tokens: bool = False) -> PrecisionRouter:
+    router = _router(for_tokens=for_tokens)
     last = router.layers[-1]
     assert isinstance(last, nn.Linear)
     nn.init.normal_(last.weight)
@@ -21,24 +22,24 @@ def _trained() -> PrecisionRouter:
 
 
 def test_starts_with_a_slight_preference_for_more_bits() -> None:
-    logits = _router()(_HIDDEN, _MASK)
-    assert logits.tolist() == [[0, 0.5, 1], [0, 0.5, 1]]
+    logits = _router()(_HIDDEN, _WEIGHTS)
+    assert logits.tolist() == [[[0, 0.5, 1]], [[0, 0.5, 1]]]
 
 
 def test_reads_the_mean_of_the_tokens() -> None:
     router = _trained()
-    expected = router.layers(torch.stack([_HIDDEN[0, 2:].mean(0), _HIDDEN[1].mean(0)]))
-    torch.testing.assert_close(router(_HIDDEN, _MASK), expected)
+    expected = router.layers(torch.stack([_HIDDEN[0, 2:].mean(0), _HIDDEN[1].mean(0)])).unsqueeze(1)
+    torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), expected)
 
 
 def test_padding_changes_nothing() -> None:
     router, other = _trained(), _HIDDEN.clone()
     other[0, :2] = 100
-    torch.testing.assert_close(router(other, _MASK), router(_HIDDEN, _MASK), rtol=0, atol=0)
+    torch.testing.assert_close(router(other, _WEIGHTS), router(_HIDDEN, _WEIGHTS), rtol=0, atol=0)
 
 
 def test_a_row_of_padding_gives_numbers() -> None:
-    assert torch.isfinite(_trained()(_HIDDEN, torch.zeros_like(_MASK))).all()
+    assert torch.isfinite(_trained()(_HIDDEN, torch.zeros_like(_WEIGHTS))).all()
 
 
 def test_dropout_is_for_training() -> None:
@@ -46,8 +47,8 @@ def test_dropout_is_for_training() -> None:
     last = router.layers[-1]
     assert isinstance(last, nn.Linear)
     nn.init.normal_(last.weight)
-    assert not torch.equal(router.train()(_HIDDEN, _MASK), router(_HIDDEN, _MASK))
-    assert torch.equal(router.eval()(_HIDDEN, _MASK), router(_HIDDEN, _MASK))
+    assert not torch.equal(router.train()(_HIDDEN, _WEIGHTS), router(_HIDDEN, _WEIGHTS))
+    assert torch.equal(router.eval()(_HIDDEN, _WEIGHTS), router(_HIDDEN, _WEIGHTS))
 
 
 def test_it_has_three_layers_of_the_widths_that_it_says() -> None:
@@ -55,6 +56,29 @@ def test_it_has_three_layers_of_the_widths_that_it_says() -> None:
     assert shapes == [(128, 8), (128,), (128, 128), (128,), (3, 128), (3,)]
 
 
-def test_weights_are_the_softmax_of_the_logits() -> None:
-    logits = torch.tensor([[0.0, 1.0], [3.0, 3.0]])
-    torch.testing.assert_close(SoftMixer()(logits), logits.softmax(-1).view(2, 1, 2))
+def test_for_tokens_it_reads_each_of_them() -> None:
+    router = _trained(for_tokens=True)
+    torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), router.layers(_HIDDEN))
+    assert router(_HIDDEN, _WEIGHTS).shape == (2, 5, 3)
+
+
+_LOGITS = torch.tensor([[[0.0, 1.0]], [[3.0, 2.0]]])
+_OF_LARGEST = [[[0.0, 1.0]], [[1.0, 0.0]]]
+
+
+def test_soft_weights_are_the_softmax_and_hard_out_of_training() -> None:
+    mixer = SoftMixer()
+    torch.testing.assert_close(mixer(_LOGITS), _LOGITS.softmax(-1))
+    assert mixer.eval()(_LOGITS).tolist() == _OF_LARGEST
+
+
+def test_straight_through_weights_are_hard_and_have_the_gradient_of_the_softmax() -> None:
+    logits, same = _LOGITS.clone().requires_grad_(), _LOGITS.clone().requires_grad_()
+    direction = torch.tensor([[[1.0, 2.0]], [[3.0, 5.0]]])
+    weights = StraightThroughMixer()(logits)
+    assert weights.tolist() == _OF_LARGEST
+    (weights * direction).sum().backward()
+    (same.softmax(-1) * direction).sum().backward()
+    assert logits.grad is not None
+    assert same.grad is not None
+    torch.testing.assert_close(logits.grad, same.grad)

@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel
 
-from modcompile.passes.insert_precision_branches import TokenMask, insert_precision_branches
+from modcompile.passes.choose_precision import choose_precision
+from modcompile.passes.insert_precision_branches import TokenWeights, insert_precision_branches
 from tests.model_inputs import make_inputs
 from tests.passes.block_versions import branches_of, with_blocks
 from tests.passes.traced import calls
@@ -13,21 +15,31 @@ _LAYERS = (0, 2)
 
 
 class _Fixed(nn.Module):
-    """Logits that do not depend on the token, and the mask that came in."""
+    """Logits that do not depend on the token, and the weights of tokens that came in."""
 
     def __init__(self, *logits: float) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.tensor(logits))
-        self.mask = torch.empty(0)
+        self.token_weights = torch.empty(0)
 
-    def forward(self, hidden: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        self.mask = token_mask
-        return self.logits.expand(hidden.shape[0], -1)
+    def forward(self, hidden: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+        self.token_weights = token_weights
+        return self.logits.expand(hidden.shape[0], 1, -1)
 
 
 class _Softmax(nn.Module):
     def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
-        return router_logits.softmax(-1).unsqueeze(1)
+        return router_logits.softmax(-1)
+
+
+class _Largest(nn.Module):
+    def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
+        return one_hot(router_logits.argmax(-1), router_logits.shape[-1]).float()
+
+
+class _OfEachToken(nn.Module):
+    def forward(self, hidden: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+        return hidden[..., :3] * 10
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +62,8 @@ def test_one_branch_alone_stands_in_the_place_of_the_block(
     torch.testing.assert_close(inputs.at_tokens([actual]), inputs.at_tokens(expected), rtol=0, atol=1e-6)
     assert [tuple(weight.shape) for weight in weights] == [(3, 1, 3)] * len(_LAYERS)
     for router in routers.values():
-        assert torch.equal(router.mask.squeeze(-1), inputs.is_token)
+        mean = inputs.is_token / inputs.is_token.sum(1, keepdim=True)
+        torch.testing.assert_close(router.token_weights.squeeze(-1), mean)
 
 
 def test_mixes_by_the_weights_and_trains_the_routers(dense: fx.GraphModule, model: PreTrainedModel) -> None:
@@ -84,6 +97,40 @@ def test_branches_share_what_comes_before_their_weights(dense: fx.GraphModule, a
     assert calls(merged)["linear"] == 3 * one["linear"]
 
 
-def test_the_mask_is_that_of_the_new_tokens() -> None:
-    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
-    assert TokenMask()(torch.zeros(2, 2, dtype=torch.long), mask).squeeze(-1).tolist() == [[True, False], [True, True]]
+def test_the_weights_are_those_of_the_new_tokens() -> None:
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+    weights = TokenWeights()(torch.zeros(3, 2, dtype=torch.long), mask).squeeze(-1)
+    assert weights.tolist() == [[1, 0], [0.5, 0.5], [0, 0]]
+
+
+@torch.no_grad()
+def test_with_a_cache_it_is_what_is_chosen_for_tokens(outlined: fx.GraphModule, model: PreTrainedModel) -> None:
+    branches = {layer: branches_of(outlined, layer) for layer in _LAYERS}
+    routers = {layer: _OfEachToken() for layer in _LAYERS}
+    mixed = insert_precision_branches(outlined, branches, routers, _Largest())
+    chosen = choose_precision(outlined, branches, routers, for_tokens=True)
+    inputs = make_inputs(model, 2, 6, 0, "left", 0)
+    logits, *rest = mixed(*inputs.flat)
+    expected, *others = chosen(*inputs.flat)
+    torch.testing.assert_close(inputs.at_tokens([logits]), inputs.at_tokens([expected]))
+    bits = [torch.tensor([4, 8, 16])[weights.argmax(-1)] for weights in rest[-2:]]
+    assert all(torch.equal(a[inputs.is_token], b[inputs.is_token]) for a, b in zip(bits, others[-2:], strict=True))
+
+
+def test_sampled_one_branch_of_each_block_runs(dense: fx.GraphModule, model: PreTrainedModel) -> None:
+    branches = {layer: branches_of(dense, layer) for layer in _LAYERS}
+    routers = {layer: _Fixed(1.0, 2.0, 3.0) for layer in _LAYERS}
+    gm = insert_precision_branches(dense, branches, routers, _Softmax(), sampled=True).train()
+    ran: list[str] = []
+    for layer in _LAYERS:
+        for index in range(3):
+            name = f"blocks.{layer}.branches.branches.{index}"
+            gm.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    inputs = make_inputs(model, 2, 4, 0, "none", 0)
+    torch.manual_seed(0)
+    logits, *_ = gm(*inputs.tokens)
+    assert len(ran) == len(_LAYERS)
+    drawn = {layer: list(branches[layer].values())[int(name[-1])] for layer, name in zip(_LAYERS, ran, strict=True)}
+    torch.testing.assert_close(logits, with_blocks(dense, drawn)(*inputs.tokens)[0], rtol=0, atol=0)
+    logits.square().mean().backward()
+    assert all(router.logits.grad is not None and bool(router.logits.grad.any()) for router in routers.values())

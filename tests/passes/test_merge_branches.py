@@ -17,21 +17,21 @@ def _branches() -> list[fx.GraphModule]:
 
 def test_keeps_every_output() -> None:
     branches = _branches()
-    merged = merge_branches(branches, ["16", "4", "8"])
+    merged = merge_branches(branches)
     expected = [branch(_X)[0] for branch in branches]
     torch.testing.assert_close(list(merged(_X)), expected, rtol=0, atol=0)
 
 
 def test_computes_once_what_branches_share() -> None:
     branches = _branches()
-    merged = merge_branches(branches, ["16", "4", "8"])
+    merged = merge_branches(branches)
     assert calls(merged) == {"layer_norm": 1, "linear": 6, "silu": 3}
     assert {id(tensor) for tensor in merged.parameters()} == {id(tensor) for tensor in branches[0].parameters()}
 
 
 def test_branches_that_are_the_same_become_one() -> None:
     branch = _branches()[0]
-    merged = merge_branches([branch, branch], ["a", "b"])
+    merged = merge_branches([branch, branch])
     assert calls(merged) == calls(branch)
     assert torch.equal(*merged(_X))
 
@@ -41,18 +41,18 @@ def test_tensors_of_one_name_get_names_of_their_own() -> None:
         return traced(Run(lambda self, x: x * self.weight, weight=random(8, seed=seed)), _X)
 
     branches = [branch(1), branch(2)]
-    merged = merge_branches(branches, ["a", "b"])
+    merged = merge_branches(branches)
     torch.testing.assert_close(list(merged(_X)), [one(_X)[0] for one in branches], rtol=0, atol=0)
-    assert {name for name, _ in merged.named_parameters()} == {"module.weight", "module.b_weight"}
+    assert {name for name, _ in merged.named_parameters()} == {"module.weight", "module.branch_1_weight"}
 
 
 def test_what_is_random_is_drawn_for_each() -> None:
     gm = traced(Run(lambda _, x: x + torch.rand_like(x)), _X)
-    first, second = merge_branches([gm, gm], ["a", "b"])(_X)
+    first, second = merge_branches([gm, gm])(_X)
     assert not torch.equal(first, second)
 
 
 def test_numbers_of_another_type_are_not_the_same() -> None:
     branches = [traced(Run(lambda _, x, by=by: x * by), _X.long()) for by in (1, 1.0)]
-    first, second = merge_branches(branches, ["a", "b"])(_X.long())
+    first, second = merge_branches(branches)(_X.long())
     assert (first.dtype, second.dtype) == (torch.int64, torch.float32)

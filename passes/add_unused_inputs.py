@@ -1,0 +1,32 @@
+"""Let a graph be called like another that takes more.
+
+Before::
+
+    def branch(hidden, past_key): …
+
+After::
+
+    def branch(hidden, past_key, previous_0, previous_1): …      # which it does not read
+
+The branches of a `torch.cond` take the same.
+"""
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from modcompile.passes.outlined_form import copy_graph
+
+
+def add_unused_inputs(gm: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
+    """Return the graph with more inputs, behind those that it has.
+
+    Keeps equal: every output.
+    """
+    graph, outputs = copy_graph(gm)
+    last = graph.find_nodes(op="placeholder")[-1]
+    for name in names:
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+    graph.output(outputs)
+    return fx.GraphModule(gm, graph)
