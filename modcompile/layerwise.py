@@ -13,14 +13,15 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from modcompile.any_precision_folder import is_any_precision_folder, read_any_precision_folder
 from modcompile.config import PrecisionRouterConfig
 from modcompile.errors import ConfigError
 from modcompile.graph_inputs import graph_inputs, updated_cache
 from modcompile.passes import choose_precision, insert_precision_branches
 from modcompile.passes.outlined_form import block_calls, results
-from modcompile.precision_branches import PrecisionWeights
+from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
 from modcompile.precision_routers import PrecisionRouter, SoftMixer
-from modcompile.quantized_folder import QuantizedCheckpoint, read_quantized_folder
+from modcompile.quantized_folder import read_quantized_folder
 from modcompile.routed_graph import trace_outlined
 
 
@@ -48,10 +49,10 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _supports_flash_attn = True
 
-    def __init__(self, checkpoint: QuantizedCheckpoint, config: PrecisionRouterConfig) -> None:
+    def __init__(self, checkpoint: PrecisionCheckpoint, config: PrecisionRouterConfig) -> None:
         super().__init__(checkpoint.base.config)
         self.generation_config = checkpoint.base.generation_config
-        self.precisions = checkpoint.config.precisions
+        self.precisions = checkpoint.precisions
         self.router_config = config
         self.checkpoint = checkpoint
         self.base = checkpoint.base.requires_grad_(False)
@@ -78,8 +79,9 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         trust_remote_code: bool = False,
         **router_options: Any,
     ) -> "LayerwiseQuantizeForCausalLM":
-        """Read a folder of `modcompile.quantize` for some of its precisions, by default all; routers are new.
+        """Read a folder for some of its precisions, by default all; routers are new.
 
+        It is one of `modcompile.quantize`, or one of any-precision-llm (`modcompile.any_precision_folder`).
         `router_options` are those of `PrecisionRouterConfig`.
 
         Raises:
@@ -90,7 +92,12 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if trust_remote_code:
             raise ConfigError("trust_remote_code: code that comes with a checkpoint is never run; leave it False")
-        checkpoint = read_quantized_folder(Path(quant_model_path), precisions)
+        folder = Path(quant_model_path)
+        checkpoint: PrecisionCheckpoint
+        if is_any_precision_folder(folder):
+            checkpoint = read_any_precision_folder(folder, precisions)
+        else:
+            checkpoint = read_quantized_folder(folder, precisions)
         return cls(checkpoint, PrecisionRouterConfig(**router_options))
 
     def train_forward(
@@ -141,7 +148,11 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.train_forward(*args, **kwargs) if self.training else self.infer_forward(*args, **kwargs)
 
     def export_graph(self) -> fx.GraphModule:
-        """The graph of `infer_forward` on the codes themselves, for `modcompile.export.build_model`."""
+        """The graph of `infer_forward` on the codes themselves, for `modcompile.export.build_model`.
+
+        Raises:
+            UnsupportedModelError: they are codes of look-up tables.
+        """
         graph = choose_precision(self._dense, self._weights.packed_branches(self._dense), self._routers_by_layer())
         graph.get_buffer("precision_bias").copy_(self._infer_graph.get_buffer("precision_bias"))
         return graph.eval()
