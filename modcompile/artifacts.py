@@ -13,11 +13,13 @@ The routed graph itself is not stored: it is traced again in seconds, by whichev
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modcompile.checkpoint_sources import find_checkpoint
@@ -152,8 +154,13 @@ def update_report(folder: Path, key: str, data: dict[str, Any]) -> None:
 
 def save_routers(model: RoutedForCausalLM, folder: Path) -> None:
     """Write `routers.safetensors` and `router_config.json` into a folder that exists."""
-    save_router_weights(model.routers, folder / ROUTERS)
-    write_json(folder / ROUTER_CONFIG, versioned(FORMAT_VERSION, {"routers": asdict(model.router_config)}))
+    save_depth_routers(model.routers, model.router_config, folder)
+
+
+def save_depth_routers(routers: Mapping[int, nn.Module], config: RouterConfig, folder: Path) -> None:
+    """The same of routers, by their layers."""
+    save_router_weights(routers, folder / ROUTERS)
+    write_json(folder / ROUTER_CONFIG, versioned(FORMAT_VERSION, {"routers": asdict(config)}))
 
 
 def load_routers(model: RoutedForCausalLM, folder: Path) -> None:
@@ -162,4 +169,13 @@ def load_routers(model: RoutedForCausalLM, folder: Path) -> None:
     Raises:
         ArtifactError: the file is missing or damaged, or holds the routers of another model.
     """
-    load_router_weights(model.routers, folder / ROUTERS, again=_AGAIN)
+    load_depth_routers(model.routers, folder)
+
+
+def load_depth_routers(routers: Mapping[int, nn.Module], folder: Path) -> None:
+    """Fill routers, by their layers, from `routers.safetensors`.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or holds the routers of another model.
+    """
+    load_router_weights(routers, folder / ROUTERS, again=_AGAIN)

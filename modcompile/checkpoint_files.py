@@ -41,7 +41,7 @@ def check_weights(folder: Path) -> dict[str, str]:
         CheckpointError: there are no safetensors weights, only pickles, or a file is missing, damaged or cut short.
     """
     dtypes: dict[str, str] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as tensors:
                 names = tensors.keys()
@@ -53,22 +53,12 @@ def check_weights(folder: Path) -> dict[str, str]:
     return dtypes
 
 
-def check_gguf(path: Path) -> None:
-    """Check that a file is what its name says.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights.
 
     Raises:
-        CheckpointError: it does not begin as a GGUF file does, or can't be read.
+        CheckpointError: there are none, only pickles, or one that the index names is missing.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_GGUF_MAGIC))
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror})") from error
-    if magic != _GGUF_MAGIC:
-        raise CheckpointError(f"{path} is not a GGUF file, whatever its name; get it again from where it came from")
-
-
-def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     index = folder / _WEIGHTS_INDEX
@@ -88,6 +78,21 @@ def _weight_files(folder: Path) -> list[Path]:
             f"convert them to {_WEIGHTS}: load the model where you trust it, and save_pretrained it"
         )
     raise CheckpointError(f"{folder} has no weights; it needs {_WEIGHTS}, or {_WEIGHTS_INDEX} and the files it names")
+
+
+def check_gguf(path: Path) -> None:
+    """Check that a file is what its name says.
+
+    Raises:
+        CheckpointError: it does not begin as a GGUF file does, or can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror})") from error
+    if magic != _GGUF_MAGIC:
+        raise CheckpointError(f"{path} is not a GGUF file, whatever its name; get it again from where it came from")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

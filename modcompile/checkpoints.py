@@ -3,6 +3,7 @@
 import json
 import logging
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ def load_tokenizer(source: CheckpointSource) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
+def load_problems(info: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What does not fit, by its kind (`mismatched_keys`, …), of the loading info of `from_pretrained`."""
+    # Of what has another shape, transformers 4.57 lists names, 5.x names with two shapes.
+    return {
+        kind: sorted(entry if isinstance(entry, str) else entry[0] for entry in info[kind])
+        for kind in ("mismatched_keys", "missing_keys", "unexpected_keys")
+    }
+
+
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`.
 
@@ -146,11 +156,7 @@ def _load_model(
     if source.gguf_file is not None:
         _forget_quantization(model)
     model.eval().requires_grad_(False)
-    # Of what does not fit, transformers 4.57 lists names, 5.x names with two shapes.
-    return model, {
-        kind: sorted(entry if isinstance(entry, str) else entry[0] for entry in info[kind])
-        for kind in ("mismatched_keys", "missing_keys", "unexpected_keys")
-    }
+    return model, load_problems(info)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

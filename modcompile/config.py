@@ -8,6 +8,8 @@ from modcompile.errors import ConfigError
 
 GateKind = Literal["soft", "straight_through"]
 RoundingMethod = Literal["rtn", "mse"]
+RouterScope = Literal["sequence", "token"]
+PrecisionMixing = Literal["soft", "straight_through", "sampled"]
 
 PRECISIONS = (2, 4, 8, 16)
 """Bits that a weight can have; 16 stands for the original weight."""
@@ -172,17 +174,33 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class PrecisionRouterConfig:
-    """By what each block's precision is chosen; stored beside the routers.
+    """By what each block's precision is chosen, and how that is trained; stored beside the routers.
 
     Raises:
         ConfigError: an option is outside of its range.
     """
 
+    router_scope: RouterScope = field(
+        default="sequence",
+        metadata={
+            "help": "sequence: one precision for all tokens of a call (of a batch, the highest that a row asks for). "
+            "token: each token's block is computed at the precision that it chose."
+        },
+    )
+    precision_mixing: PrecisionMixing = field(
+        default="soft",
+        metadata={
+            "help": "What a training step computes. soft: all precisions, mixed by the router's weights. "
+            "straight_through: all, of which the chosen one counts. sampled: one of each block, drawn by the weights."
+        },
+    )
     router_dropout: float = field(
         default=0.0, metadata={"help": "Dropout on the hidden layers of a precision router while training."}
     )
 
     def __post_init__(self) -> None:
+        check_choice("router_scope", self.router_scope, ("sequence", "token"))
+        check_choice("precision_mixing", self.precision_mixing, ("soft", "straight_through", "sampled"))
         check("router_dropout", self.router_dropout, at_least=0, below=1)
 
 

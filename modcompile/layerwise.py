@@ -13,26 +13,36 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from modcompile.config import PrecisionRouterConfig
+from modcompile.any_precision_folder import is_any_precision_folder, read_any_precision_folder
+from modcompile.artifacts import is_routed_folder, load_depth_routers, read_router_config
+from modcompile.config import PrecisionRouterConfig, RouterConfig, check_threshold
 from modcompile.errors import ConfigError
+from modcompile.gradient_checkpointing import checkpoint_blocks
 from modcompile.graph_inputs import graph_inputs, updated_cache
-from modcompile.passes import choose_precision, insert_precision_branches
-from modcompile.passes.outlined_form import block_calls, results
-from modcompile.precision_branches import PrecisionWeights
-from modcompile.precision_routers import PrecisionRouter, SoftMixer
-from modcompile.quantized_folder import QuantizedCheckpoint, read_quantized_folder
-from modcompile.routed_graph import trace_outlined
+from modcompile.passes import choose_precision, insert_depth_gates, insert_precision_branches
+from modcompile.passes.outlined_form import block_calls
+from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
+from modcompile.precision_router_files import (
+    has_precision_routers,
+    load_precision_routers,
+    read_precision_router_config,
+)
+from modcompile.precision_routers import PrecisionMixer, PrecisionRouter
+from modcompile.quantized_folder import read_quantized_folder
+from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, trace_outlined
 
 
 @dataclass
 class PrecisionCausalLMOutput(CausalLMOutputWithPast):
     """Adds what the routers decided, one tensor a block.
 
-    In training, the weights of the precisions `[B, 1, P]`; otherwise the bits that each token was computed with,
-    int64 `[B, T]`.
+    In training, the weights of the precisions, `[B, 1, P]` for sequences or `[B, T, P]` for tokens, and, one a gated
+    block, the gates `[B, T, 1]`; otherwise the bits that each token was computed with, int64 `[B, T]`, 0 where it was
+    skipped.
     """
 
     precision_weights: tuple[torch.Tensor, ...] | None = None
+    gates: tuple[torch.Tensor, ...] | None = None
     num_bits: tuple[torch.Tensor, ...] | None = None
     tokens: torch.Tensor | None = None
 
@@ -40,34 +50,41 @@ class PrecisionCausalLMOutput(CausalLMOutputWithPast):
 class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
     """Runs a rewritten graph: all precisions mixed, to train the routers, or one a block, to be used.
 
-    Only the routers train. `forward` is `infer_forward`, and in training mode `train_forward`.
+    Only the routers train. `forward` is `infer_forward`, and in training mode `train_forward`. With `depth`, blocks
+    also have gates that skip them; as a choice of their routers that has 0 bits.
     """
 
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_attention_backend = True
     _supports_flash_attn = True
+    supports_gradient_checkpointing = True
 
-    def __init__(self, checkpoint: QuantizedCheckpoint, config: PrecisionRouterConfig) -> None:
+    def __init__(
+        self, checkpoint: PrecisionCheckpoint, config: PrecisionRouterConfig, depth: RouterConfig | None = None
+    ) -> None:
         super().__init__(checkpoint.base.config)
         self.generation_config = checkpoint.base.generation_config
-        self.precisions = checkpoint.config.precisions
-        self.router_config = config
-        self.checkpoint = checkpoint
+        self.precisions = checkpoint.precisions
+        self.router_config, self.depth_config = config, depth
         self.base = checkpoint.base.requires_grad_(False)
-        dense = trace_outlined(self.base)
-        calls = block_calls(dense.graph)
-        hidden_size = int(results(calls[0])[0].meta["val"].shape[-1])
-        self.routers = nn.ModuleDict(
-            {
-                str(layer): PrecisionRouter(hidden_size, len(self.precisions), dropout=config.router_dropout)
-                for layer in range(len(calls))
-            }
-        )
         self._weights = PrecisionWeights(checkpoint)
-        self._dense = dense
-        self._infer_graph = choose_precision(dense, self._weights.branches(dense), self._routers_by_layer())
-        self._train_graphs: list[fx.GraphModule] = []
+        self._dense = trace_outlined(self.base)
+        hidden_size = hidden_size_of(self._dense)
+        self._routers = nn.ModuleDict()
+        for layer in range(len(block_calls(self._dense.graph))):
+            router = PrecisionRouter(
+                hidden_size,
+                len(self.precisions),
+                dropout=config.router_dropout,
+                for_tokens=config.router_scope == "token",
+            )
+            self._routers[str(layer)] = router.to(self.base.device)
+        depth_routers = {} if depth is None else make_routers(self._dense, depth)
+        self._depth_routers = nn.ModuleDict({str(layer): router for layer, router in depth_routers.items()})
+        self._infer_graph = self._choosing(self._weights.branches(self._dense))
+        self._mixer = PrecisionMixer(straight_through=config.precision_mixing == "straight_through")
+        self._train_graph: fx.GraphModule | None = None
         self.eval()
 
     @classmethod
@@ -76,11 +93,17 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         quant_model_path: str | PathLike[str],
         precisions: Sequence[int] | None = None,
         trust_remote_code: bool = False,
+        *,
+        depth: RouterConfig | None = None,
+        device: str | torch.device = "cpu",
         **router_options: Any,
     ) -> "LayerwiseQuantizeForCausalLM":
-        """Read a folder of `modcompile.quantize` for some of its precisions, by default all; routers are new.
+        """Read a folder for some of its precisions.
 
-        `router_options` are those of `PrecisionRouterConfig`.
+        It is one of `modcompile.quantize`, or one of any-precision-llm (`modcompile.any_precision_folder`). If routers
+        were trained in it, they are read too, and `precisions` are by default theirs, else all. With `router_options`
+        (those of `PrecisionRouterConfig`), or precisions that they do not know, routers are new. The same holds for
+        depth gates and `depth`.
 
         Raises:
             ArtifactError: the folder is missing, incomplete, damaged, or of another version.
@@ -90,26 +113,60 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if trust_remote_code:
             raise ConfigError("trust_remote_code: code that comes with a checkpoint is never run; leave it False")
-        checkpoint = read_quantized_folder(Path(quant_model_path), precisions)
-        return cls(checkpoint, PrecisionRouterConfig(**router_options))
+        folder = Path(quant_model_path)
+        config, known = PrecisionRouterConfig(**router_options), list[int]()
+        if has_precision_routers(folder) and not router_options:
+            config, known = read_precision_router_config(folder)
+            precisions = known if precisions is None else precisions
+        checkpoint: PrecisionCheckpoint
+        if is_any_precision_folder(folder):
+            checkpoint = read_any_precision_folder(folder, precisions)
+        else:
+            checkpoint = read_quantized_folder(folder, precisions)
+        base: Any = checkpoint.base
+        base.to(device)
+        stored_depth = read_router_config(folder) if depth is None and is_routed_folder(folder) else None
+        model = cls(checkpoint, config, depth or stored_depth)
+        if set(checkpoint.precisions) <= set(known):
+            load_precision_routers(model.routers, folder, known, checkpoint.precisions)
+        if stored_depth is not None:
+            load_depth_routers(model.depth_routers, folder)
+        return model
+
+    @property
+    def routers(self) -> dict[int, PrecisionRouter]:
+        """The router of every block, by its layer."""
+        return {int(layer): cast(PrecisionRouter, router) for layer, router in self._routers.items()}
+
+    @property
+    def depth_routers(self) -> dict[int, nn.Module]:
+        """The routers of the depth gates, by their layers; none without."""
+        return {int(layer): router for layer, router in self._depth_routers.items()}
 
     def train_forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        *,
+        hard: bool = False,
         **kwargs: Any,
     ) -> PrecisionCausalLMOutput:
-        """Logits `[B, T, V]` of all precisions, mixed in every block by the weights of its router."""
-        if not self._train_graphs:
-            self._train_graphs.append(self._mixing(trace_outlined(self.base, use_cache=False)))
-        (graph,) = self._train_graphs
+        """Logits `[B, T, V]` of all precisions, mixed in every block by the weights of its router.
+
+        While `hard`, a row (or token) has what it chose alone, whatever the other rows of the batch did.
+        """
+        graph = self._mixing()
         inputs = graph_inputs(graph, input_ids, attention_mask)
-        logits, *weights = graph(*inputs)
+        self._mixer.hard = hard
+        logits, *rest = graph(*inputs)
+        first_gate = len(rest) - len(self._depth_routers)
+        first_weight = first_gate - len(self._routers)  # before them, keys and values of which nobody makes a cache
         return PrecisionCausalLMOutput(
             loss=_loss(logits, labels, kwargs),
             logits=logits,
-            precision_weights=tuple(weights),
+            precision_weights=tuple(rest[first_weight:first_gate]),
+            gates=tuple(rest[first_gate:]),
             tokens=inputs[1] != 0,
         )
 
@@ -127,7 +184,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = graph_inputs(self._infer_graph, input_ids, attention_mask, position_ids, past_key_values)
         with torch.no_grad():
             logits, *rest = self._infer_graph(*inputs)
-        cut = len(rest) - len(self.routers)
+        cut = len(rest) - len(self._routers)
         return PrecisionCausalLMOutput(
             loss=_loss(logits, labels, kwargs),
             logits=logits,
@@ -141,10 +198,26 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.train_forward(*args, **kwargs) if self.training else self.infer_forward(*args, **kwargs)
 
     def export_graph(self) -> fx.GraphModule:
-        """The graph of `infer_forward` on the codes themselves, for `modcompile.export.build_model`."""
-        graph = choose_precision(self._dense, self._weights.packed_branches(self._dense), self._routers_by_layer())
-        graph.get_buffer("precision_bias").copy_(self._infer_graph.get_buffer("precision_bias"))
+        """The graph of `infer_forward` on the codes themselves, for `modcompile.export.build_model`.
+
+        Raises:
+            UnsupportedModelError: they are codes of look-up tables.
+        """
+        graph = self._choosing(self._weights.packed_branches(self._dense))
+        for name, buffer in graph.named_buffers():
+            if name in ("precision_bias", "routing_threshold"):
+                buffer.copy_(self._infer_graph.get_buffer(name))
         return graph.eval()
+
+    def set_hard_threshold(self, hard_threshold: float) -> None:
+        """The threshold above which `infer_forward` opens a depth gate: 0 executes all, above 1 skips all.
+
+        Raises:
+            ConfigError: it is negative, infinite or not a number, or there are no depth gates.
+        """
+        if not self._depth_routers:
+            raise ConfigError("the blocks have no depth gates for a threshold; give them some with `depth`")
+        self._infer_graph.get_buffer("routing_threshold").fill_(check_threshold(hard_threshold))
 
     def set_precision_bias(self, bias: torch.Tensor | None) -> None:
         """What `infer_forward` adds to the routers' logits, `[blocks, P]` or broadcast to it; None for nothing."""
@@ -160,11 +233,11 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         if num_bits is None:
             self.set_precision_bias(None)
             return
-        wanted = [num_bits] * len(self.routers) if isinstance(num_bits, int) else list(num_bits)
-        if len(wanted) != len(self.routers) or any(bits not in self.precisions for bits in wanted):
+        wanted = [num_bits] * len(self._routers) if isinstance(num_bits, int) else list(num_bits)
+        if len(wanted) != len(self._routers) or any(bits not in self.precisions for bits in wanted):
             raise ConfigError(
                 f"{num_bits} is not one of {', '.join(map(str, self.precisions))} for each of the "
-                f"{len(self.routers)} blocks"
+                f"{len(self._routers)} blocks"
             )
         bias = torch.zeros(len(wanted), len(self.precisions))
         for row, bits in zip(bias, wanted, strict=True):
@@ -191,11 +264,37 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; the prompt decides for the prompt, and each new token for itself."""
         return cast(Any, super()).generate(*args, **kwargs)
 
-    def _mixing(self, dense: fx.GraphModule) -> fx.GraphModule:
-        return insert_precision_branches(dense, self._weights.branches(dense), self._routers_by_layer(), SoftMixer())
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Keep the inputs of blocks only, and run each block again in the backward pass."""
+        checkpoint_blocks(self._mixing(), enabled=True)
 
-    def _routers_by_layer(self) -> dict[int, nn.Module]:
-        return {int(layer): router for layer, router in self.routers.items()}
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations, as without `gradient_checkpointing_enable`."""
+        checkpoint_blocks(self._mixing(), enabled=False)
+
+    def _mixing(self) -> fx.GraphModule:
+        """The graph of `train_forward`, made when it is first asked for."""
+        if self._train_graph is None:
+            mixing = self.router_config.precision_mixing
+            # With keys and values where these are mixed, too: each token's as it chose.
+            dense = trace_outlined(self.base, use_cache=self.router_config.router_scope == "token")
+            branches, routers = self._weights.branches(dense), dict[int, nn.Module](self.routers)
+            graph = insert_precision_branches(dense, branches, routers, self._mixer, sampled=mixing == "sampled")
+            if self.depth_config is not None:
+                graph = insert_depth_gates(graph, self.depth_routers, make_gate(self.depth_config))
+            self._train_graph = graph.train(self.training)
+        return self._train_graph
+
+    def _choosing(self, branches: dict[int, dict[int, fx.GraphModule]]) -> fx.GraphModule:
+        return choose_precision(
+            self._dense,
+            branches,
+            self.routers,
+            for_tokens=self.router_config.router_scope == "token",
+            depth_routers=self.depth_routers,
+        )
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor | None:

@@ -1,22 +1,44 @@
 """The versions of a decoder block at several precisions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import fx
+from transformers import PreTrainedModel
 
+from modcompile.errors import UnsupportedModelError
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.outlined_form import block_calls
 from modcompile.passes.replace_weights import replace_weights
 from modcompile.passes.use_precision import use_precision
-from modcompile.precisions import FULL_PRECISION
-from modcompile.quantized_folder import QuantizedCheckpoint
+from modcompile.precisions import FULL_PRECISION, DequantizableWeight, MultiPrecisionWeight
+
+
+class PrecisionCheckpoint(Protocol):
+    """A base model and its weights at several precisions."""
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """Holds each weight at the highest precision."""
+
+    @property
+    def weights(self) -> Mapping[str, DequantizableWeight]:
+        """By the name that the base has for them."""
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Those that the base has as `[in, out]`."""
+
+    @property
+    def precisions(self) -> list[int]:
+        """The lowest first."""
 
 
 class PrecisionWeights:
     """The weights of a checkpoint at each of its precisions, dequantized once for all graphs that use them."""
 
-    def __init__(self, checkpoint: QuantizedCheckpoint) -> None:
+    def __init__(self, checkpoint: PrecisionCheckpoint) -> None:
         self._checkpoint = checkpoint
         self._names = {id(parameter): name for name, parameter in checkpoint.base.named_parameters()}
         self._dense: dict[tuple[str, int], torch.Tensor] = {}
@@ -26,7 +48,11 @@ class PrecisionWeights:
         return self._versions(dense, self._dequantized)
 
     def packed_branches(self, dense: fx.GraphModule) -> dict[int, dict[int, fx.GraphModule]]:
-        """The same on the codes themselves: slow in PyTorch, and what is exported."""
+        """The same on the codes themselves: slow in PyTorch, and what is exported.
+
+        Raises:
+            UnsupportedModelError: they are codes of look-up tables.
+        """
         return self._versions(dense, self._packed)
 
     def _versions(
@@ -39,7 +65,7 @@ class PrecisionWeights:
             names = self._quantized_names(block)
             versions[layer] = {
                 precision: block if precision == FULL_PRECISION else version(block, names, precision)
-                for precision in self._checkpoint.config.precisions
+                for precision in self._checkpoint.precisions
             }
         return versions
 
@@ -58,11 +84,19 @@ class PrecisionWeights:
         return replace_weights(block, weights, str(precision))
 
     def _packed(self, block: fx.GraphModule, names: dict[str, str], precision: int) -> fx.GraphModule:
-        weights = {target: self._checkpoint.weights[name] for target, name in names.items()}
+        weights = {}
+        for target, name in names.items():
+            weight = self._checkpoint.weights[name]
+            if not isinstance(weight, MultiPrecisionWeight):
+                raise UnsupportedModelError(
+                    f"{name} is looked up in tables, which PyTorch alone serves; to export, quantize the original "
+                    "with modcompile.quantize"
+                )
+            weights[target] = weight
         return use_precision(block, weights, precision)
 
     def _at(self, name: str, precision: int, dtype: torch.dtype) -> torch.Tensor:
         if (name, precision) not in self._dense:
-            dense = self._checkpoint.weights[name].dequantize(precision).to(dtype)
+            dense = self._checkpoint.weights[name].dequantize(precision).to(self._checkpoint.base.device, dtype)
             self._dense[name, precision] = dense.T if name in self._checkpoint.transposed else dense
         return self._dense[name, precision]

@@ -1,5 +1,7 @@
 """The routers that weigh the precisions of a block, and how their logits become weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.functional import one_hot
@@ -18,7 +20,7 @@ class PrecisionRouter(nn.Module):
 
     def __init__(self, hidden_size: int, num_precisions: int, *, dropout: float, for_tokens: bool = False) -> None:
         super().__init__()
-        self.for_tokens = for_tokens
+        self.hidden_size, self.for_tokens = hidden_size, for_tokens
         self.layers = nn.Sequential(
             nn.Linear(hidden_size, _WIDTH),
             nn.ReLU(),
@@ -43,25 +45,38 @@ class PrecisionRouter(nn.Module):
         of_rows: torch.Tensor = self.layers(mean)
         return of_rows.unsqueeze(1)
 
+    def like(self, num_precisions: int) -> "PrecisionRouter":
+        """A new router of the same sizes for another number of precisions."""
+        return PrecisionRouter(self.hidden_size, num_precisions, dropout=0.0, for_tokens=self.for_tokens)
+
+    def take(self, other: "PrecisionRouter", precisions: Sequence[int]) -> None:
+        """Copy a router's parameters; of its precisions, those at these positions."""
+        state = other.state_dict()
+        last = len(self.layers) - 1
+        for name in (f"layers.{last}.weight", f"layers.{last}.bias"):
+            state[name] = state[name][list(precisions)]
+        self.load_state_dict(state)
+
     def extra_repr(self) -> str:
         return f"for_tokens={self.for_tokens}"
 
 
-class SoftMixer(nn.Module):
-    """`router_logits [B, S, P]` → weights of the branches: their softmax; out of training, 1 for the largest."""
+class PrecisionMixer(nn.Module):
+    """`router_logits [B, S, P]` → weights of the branches.
 
-    def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(router_logits, -1) if self.training else _of_largest(router_logits)
-
-
-class StraightThroughMixer(nn.Module):
-    """`router_logits [B, S, P]` → 1 for the largest, with the gradient of the softmax.
-
-    What is trained is then what will be computed.
+    They are the softmax; `straight_through`, 1 for the largest with the gradient of the softmax, so that what is
+    trained is what will be computed. While `hard`, they are what will be computed, in any case.
     """
 
+    def __init__(self, *, straight_through: bool) -> None:
+        super().__init__()
+        self.straight_through, self.hard = straight_through, False
+
     def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
-        return straight_through(torch.softmax(router_logits, -1), _of_largest(router_logits))
+        if self.hard:
+            return _of_largest(router_logits)
+        weights = torch.softmax(router_logits, -1)
+        return straight_through(weights, _of_largest(router_logits)) if self.straight_through else weights
 
 
 def _of_largest(router_logits: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from the original on its own, and takes its own place.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
@@ -22,6 +23,13 @@ from modcompile.config import PRECISIONS, QuantizationConfig
 from modcompile.quantization import QuantizedWeight, pack, quantize, unpack
 
 FULL_PRECISION = 16
+
+
+class DequantizableWeight(Protocol):
+    """A weight `[N, K]` that can be had at several precisions."""
+
+    def dequantize(self, precision: int) -> torch.Tensor:
+        """The float32 weight at `precision`."""
 
 
 @dataclass(frozen=True)

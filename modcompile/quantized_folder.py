@@ -20,17 +20,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modcompile.checkpoint_config import load_config, load_error
-from modcompile.checkpoint_sources import CheckpointSource
+from modcompile.build_base import build_base
 from modcompile.checkpoints import save_base
 from modcompile.config import QuantizationConfig
 from modcompile.durable_files import write_json
 from modcompile.errors import ArtifactError, ConfigError
 from modcompile.output_folder import staged_folder
 from modcompile.precisions import FULL_PRECISION, MultiPrecisionWeight, PackedWeight, part_bits
-from modcompile.progress import quiet_transformers
 from modcompile.versioned_json import read_versioned, versioned
 
 FORMAT_VERSION = 1
@@ -53,6 +51,11 @@ class QuantizedCheckpoint:
     """Those that the base has as `[in, out]`."""
     config: QuantizationConfig
     """How they were quantized, with the precisions that were asked for."""
+
+    @property
+    def precisions(self) -> list[int]:
+        """Those that were asked for, the lowest first."""
+        return self.config.precisions
 
 
 def is_quantized_folder(folder: Path) -> bool:
@@ -105,18 +108,30 @@ def read_quantized_folder(folder: Path, precisions: Sequence[int] | None = None)
         transposed = frozenset(stored["transposed"])
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ArtifactError(f"{folder / QUANTIZATION_CONFIG} is damaged ({error}); {_AGAIN}") from error
-    wanted = config.precisions if precisions is None else sorted(precisions)
-    missing = [precision for precision in wanted if precision not in config.precisions]
-    if missing or not wanted:
-        raise ConfigError(
-            f"{folder} has no weights of {' or '.join(map(str, missing)) or 'no'} bits; "
-            f"it has {', '.join(map(str, config.precisions))}"
-        )
+    wanted = choose_precisions(folder, config.precisions, precisions)
     tensors = _load(folder / QUANTIZED)
     weights = {name: _weight(folder, tensors, name, size, config) for name, size in in_features.items()}
     base = _load_base(folder, weights, transposed, wanted[-1])
     asked = QuantizationConfig(**asdict(config) | {"precisions": wanted})
     return QuantizedCheckpoint(base, weights, transposed, asked)
+
+
+def choose_precisions(folder: Path, available: Sequence[int], asked: Sequence[int] | None) -> list[int]:
+    """The precisions to read, the lowest first; by default all that are available.
+
+    Raises:
+        ConfigError: none is asked for, or one twice, or one that the folder lacks.
+    """
+    wanted = sorted(available if asked is None else asked)
+    if len(set(wanted)) != len(wanted):
+        raise ConfigError(f"precisions are {' '.join(map(str, wanted))}; each may be given once")
+    missing = [precision for precision in wanted if precision not in available]
+    if missing or not wanted:
+        raise ConfigError(
+            f"{folder} has no weights of {' or '.join(map(str, missing)) or 'no'} bits; "
+            f"it has {', '.join(map(str, available))}"
+        )
+    return wanted
 
 
 def _state(weights: Mapping[str, MultiPrecisionWeight]) -> dict[str, torch.Tensor]:
@@ -184,19 +199,9 @@ def _weight(
 def _load_base(
     folder: Path, weights: Mapping[str, MultiPrecisionWeight], transposed: frozenset[str], precision: int
 ) -> PreTrainedModel:
-    source = CheckpointSource("folder", str(folder))
-    config = load_config(source, folder)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     state = _load(folder / _BASE_WEIGHTS)
-    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     if precision != FULL_PRECISION:
         for name, weight in weights.items():
             dense = weight.dequantize(precision)
-            state[name] = (dense.T if name in transposed else dense).to(dtype).contiguous()
-    try:
-        with quiet_transformers():
-            model: PreTrainedModel = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    except Exception as error:
-        raise load_error(source, error) from error
-    model.eval().requires_grad_(False)
-    return model
+            state[name] = (dense.T if name in transposed else dense).contiguous()
+    return build_base(folder, state, torch.float32)

@@ -63,22 +63,35 @@ def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModul
     Raises:
         ConfigError: `config` selects no layer of this model.
     """
+    return insert_depth_gates(dense, make_routers(dense, config), make_gate(config))
+
+
+def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Module]:
+    """New routers for an outlined graph, by the layers where `config` wants them, in order.
+
+    Raises:
+        ConfigError: `config` selects no layer of this model.
+    """
     calls = block_calls(dense.graph)
-    layers = config.routed_layers(len(calls))
-    hidden_size = int(results(calls[0])[0].meta["val"].shape[-1])
-    routers = {layer: _router(hidden_size, config) for layer in layers}
     like = next(dense.parameters())
-    for router in routers.values():
-        router.to(device=like.device, dtype=like.dtype)
-    gate: nn.Module = SoftGate() if config.gate == "soft" else StraightThroughGate()
-    return insert_depth_gates(dense, routers, gate)
+    routers: dict[int, nn.Module] = {}
+    for layer in config.routed_layers(len(calls)):
+        router = DepthRouter(
+            hidden_size_of(dense),
+            config.router_hidden_size,
+            dropout=config.router_dropout,
+            layer_norm=config.layer_norm_router_input,
+            init_bias=config.init_bias,
+        )
+        routers[layer] = router.to(device=like.device, dtype=like.dtype)
+    return routers
 
 
-def _router(hidden_size: int, config: RouterConfig) -> DepthRouter:
-    return DepthRouter(
-        hidden_size,
-        config.router_hidden_size,
-        dropout=config.router_dropout,
-        layer_norm=config.layer_norm_router_input,
-        init_bias=config.init_bias,
-    )
+def make_gate(config: RouterConfig) -> nn.Module:
+    """What makes gates of the routers' logits."""
+    return SoftGate() if config.gate == "soft" else StraightThroughGate()
+
+
+def hidden_size_of(dense: fx.GraphModule) -> int:
+    """The H of the hidden states `[B, T, H]` in an outlined graph."""
+    return int(results(block_calls(dense.graph)[0])[0].meta["val"].shape[-1])

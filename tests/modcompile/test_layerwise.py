@@ -29,7 +29,9 @@ def _load(folder: Path, precisions: list[int] | None = None) -> LayerwiseQuantiz
     """With routers that decide by the tokens."""
     layerwise = LayerwiseQuantizeForCausalLM.from_quantized(quant_model_path=folder, precisions=precisions)
     torch.manual_seed(1)
-    for linear in (module for module in layerwise.routers.modules() if isinstance(module, nn.Linear)):
+    for linear in [module for router in layerwise.routers.values() for module in router.modules()]:
+        if not isinstance(linear, nn.Linear):
+            continue
         nn.init.normal_(linear.weight)
         nn.init.zeros_(linear.bias)
     return layerwise
@@ -132,7 +134,9 @@ def test_training_mixes_all_precisions_and_reaches_the_routers_alone(folder: Pat
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 1))
     output.loss.backward()
     trainable = layerwise.get_trainable_parameters()
-    assert {id(parameter) for parameter in trainable} == {id(p) for p in layerwise.routers.parameters()}
+    assert {id(parameter) for parameter in trainable} == {
+        id(p) for router in layerwise.routers.values() for p in router.parameters()
+    }
     assert all(parameter.grad is not None for parameter in trainable)
     assert all(parameter.grad is None for parameter in layerwise.get_frozen_parameters())
     torch.optim.SGD(trainable, lr=1.0).step()

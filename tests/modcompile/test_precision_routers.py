@@ -1,8 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
 from modcompile.passes.decide_precision import token_weights_of
-from modcompile.precision_routers import PrecisionRouter, SoftMixer, StraightThroughMixer
+from modcompile.precision_routers import PrecisionMixer, PrecisionRouter
 
 _HIDDEN = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 _WEIGHTS = token_weights_of(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool).unsqueeze(-1))
@@ -66,16 +67,30 @@ _LOGITS = torch.tensor([[[0.0, 1.0]], [[3.0, 2.0]]])
 _OF_LARGEST = [[[0.0, 1.0]], [[1.0, 0.0]]]
 
 
-def test_soft_weights_are_the_softmax_and_hard_out_of_training() -> None:
-    mixer = SoftMixer()
-    torch.testing.assert_close(mixer(_LOGITS), _LOGITS.softmax(-1))
-    assert mixer.eval()(_LOGITS).tolist() == _OF_LARGEST
+def test_soft_weights_are_the_softmax() -> None:
+    torch.testing.assert_close(PrecisionMixer(straight_through=False)(_LOGITS), _LOGITS.softmax(-1))
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_hard_weights_are_of_the_largest(*, straight_through: bool) -> None:
+    mixer = PrecisionMixer(straight_through=straight_through)
+    mixer.hard = True
+    logits = _LOGITS.clone().requires_grad_()
+    assert mixer(logits).tolist() == _OF_LARGEST
+    assert not mixer(logits).requires_grad
+
+
+def test_some_of_the_precisions_can_be_taken() -> None:
+    trained = _trained()
+    router = trained.like(2)
+    router.take(trained, [0, 2])
+    torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), trained(_HIDDEN, _WEIGHTS)[..., [0, 2]])
 
 
 def test_straight_through_weights_are_hard_and_have_the_gradient_of_the_softmax() -> None:
     logits, same = _LOGITS.clone().requires_grad_(), _LOGITS.clone().requires_grad_()
     direction = torch.tensor([[[1.0, 2.0]], [[3.0, 5.0]]])
-    weights = StraightThroughMixer()(logits)
+    weights = PrecisionMixer(straight_through=True)(logits)
     assert weights.tolist() == _OF_LARGEST
     (weights * direction).sum().backward()
     (same.softmax(-1) * direction).sum().backward()
