@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base, save_base
 from modcompile.config import RouterConfig
-from modcompile.durable_files import write_json
+from modcompile.durable_files import replace_file, write_json
 from modcompile.errors import ArtifactError, ConfigError
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import staged_folder
@@ -158,8 +158,8 @@ def save_routers(model: RoutedForCausalLM, folder: Path) -> None:
 
 
 def save_depth_routers(routers: Mapping[int, nn.Module], config: RouterConfig, folder: Path) -> None:
-    """The same of routers, by their layers."""
-    save_router_weights(routers, folder / ROUTERS)
+    """The same of routers, by their layers; each file is written or replaced in one step."""
+    replace_file(folder / ROUTERS, lambda staging: save_router_weights(routers, staging))
     write_json(folder / ROUTER_CONFIG, versioned(FORMAT_VERSION, {"routers": asdict(config)}))
 
 

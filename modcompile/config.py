@@ -7,12 +7,6 @@ from typing import Literal
 from modcompile.errors import ConfigError
 
 GateKind = Literal["soft", "straight_through"]
-RoundingMethod = Literal["rtn", "mse"]
-RouterScope = Literal["sequence", "token"]
-PrecisionMixing = Literal["soft", "straight_through", "sampled"]
-
-PRECISIONS = (2, 4, 8, 16)
-"""Bits that a weight can have; 16 stands for the original weight."""
 
 INIT_BIAS: dict[str, float] = {"soft": 4.0, "straight_through": 0.2}
 """Where a router's logits start, by kind of gate, unless `router_init_bias` says otherwise.
@@ -127,81 +121,6 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         check("router_lambda", self.router_lambda, at_least=0)
         check("target_active_ratio", self.target_active_ratio, at_least=0, at_most=1)
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """To which precisions weights are quantized, and how; stored beside them.
-
-    Raises:
-        ConfigError: an option is outside of its range.
-    """
-
-    precisions: list[int] = field(
-        default_factory=lambda: [4, 8, 16],
-        metadata={"help": "Bits of the weights inside of blocks: any of 2, 4, 8 and 16 (16: the original weights)."},
-    )
-    group_size: int = field(
-        default=64, metadata={"help": "Input features that share a scale: 32, 64 or 128; fewer are better and slower."}
-    )
-    symmetric: bool = field(
-        default=True, metadata={"help": "Put zero in the middle of the codes; otherwise every group has a zero point."}
-    )
-    method: RoundingMethod = field(
-        default="mse",
-        metadata={"help": "rtn: round to nearest. mse: also clip each group where that makes the squared error least."},
-    )
-    weight_sharing: Literal["nested", "separate"] = field(
-        default="nested",
-        metadata={
-            "help": "nested: each precision adds a part to the one below, so that 4 and 8 bits take 8 bits a weight. "
-            "separate: each is stored on its own."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        given = " ".join(map(str, self.precisions))
-        if not self.precisions or any(precision not in PRECISIONS for precision in self.precisions):
-            raise ConfigError(f"--precisions is {given!r}; it must be some of {', '.join(map(str, PRECISIONS))}")
-        if len(set(self.precisions)) != len(self.precisions):
-            raise ConfigError(f"--precisions is {given!r}; each may be given once")
-        object.__setattr__(self, "precisions", sorted(self.precisions))
-        if self.group_size not in (32, 64, 128):
-            raise ConfigError(f"--group_size is {self.group_size}; it must be 32, 64 or 128")
-        check_choice("method", self.method, ("rtn", "mse"))
-        check_choice("weight_sharing", self.weight_sharing, ("nested", "separate"))
-
-
-@dataclass(frozen=True)
-class PrecisionRouterConfig:
-    """By what each block's precision is chosen, and how that is trained; stored beside the routers.
-
-    Raises:
-        ConfigError: an option is outside of its range.
-    """
-
-    router_scope: RouterScope = field(
-        default="sequence",
-        metadata={
-            "help": "sequence: one precision for all tokens of a call (of a batch, the highest that a row asks for). "
-            "token: each token's block is computed at the precision that it chose."
-        },
-    )
-    precision_mixing: PrecisionMixing = field(
-        default="soft",
-        metadata={
-            "help": "What a training step computes. soft: all precisions, mixed by the router's weights. "
-            "straight_through: all, of which the chosen one counts. sampled: one of each block, drawn by the weights."
-        },
-    )
-    router_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the hidden layers of a precision router while training."}
-    )
-
-    def __post_init__(self) -> None:
-        check_choice("router_scope", self.router_scope, ("sequence", "token"))
-        check_choice("precision_mixing", self.precision_mixing, ("soft", "straight_through", "sampled"))
-        check("router_dropout", self.router_dropout, at_least=0, below=1)
 
 
 def check_threshold(value: float) -> float:

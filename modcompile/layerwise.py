@@ -15,13 +15,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modcompile.any_precision_folder import is_any_precision_folder, read_any_precision_folder
 from modcompile.artifacts import is_routed_folder, load_depth_routers, read_router_config
-from modcompile.config import PrecisionRouterConfig, RouterConfig, check_threshold
+from modcompile.config import RouterConfig, check_threshold
 from modcompile.errors import ConfigError
 from modcompile.gradient_checkpointing import checkpoint_blocks
 from modcompile.graph_inputs import graph_inputs, updated_cache
 from modcompile.passes import choose_precision, insert_depth_gates, insert_precision_branches
 from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
+from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_router_files import (
     has_precision_routers,
     load_precision_routers,
@@ -36,13 +37,13 @@ from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, tra
 class PrecisionCausalLMOutput(CausalLMOutputWithPast):
     """Adds what the routers decided, one tensor a block.
 
-    In training, the weights of the precisions, `[B, 1, P]` for sequences or `[B, T, P]` for tokens, and, one a gated
-    block, the gates `[B, T, 1]`; otherwise the bits that each token was computed with, int64 `[B, T]`, 0 where it was
-    skipped.
+    In training, the weights of the precisions, `[B, 1, P]` for sequences or `[B, T, P]` for tokens, and the gates
+    `[B, T, 1]` of those layers that have one; otherwise the bits that each token was computed with, int64 `[B, T]`, 0
+    where it was skipped.
     """
 
     precision_weights: tuple[torch.Tensor, ...] | None = None
-    gates: tuple[torch.Tensor, ...] | None = None
+    gates: dict[int, torch.Tensor] | None = None
     num_bits: tuple[torch.Tensor, ...] | None = None
     tokens: torch.Tensor | None = None
 
@@ -166,7 +167,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
             loss=_loss(logits, labels, kwargs),
             logits=logits,
             precision_weights=tuple(rest[first_weight:first_gate]),
-            gates=tuple(rest[first_gate:]),
+            gates=dict(zip(self.depth_routers, rest[first_gate:], strict=True)),
             tokens=inputs[1] != 0,
         )
 

@@ -1,43 +1,39 @@
-"""What a training of precision routers leaves in a quantized folder.
+"""`precision_routers.safetensors`: what a training of precision routers leaves in a quantized folder.
 
-::
-
-    precision_routers.safetensors     parameters of the routers, `routers.{layer}.{name}`
-    precision_router_config.json      which precisions they choose from, how; the format's version
+It holds the parameters of the routers, `routers.{layer}.{name}`, and in its header, as JSON, which precisions they
+choose from, how, and the format's version. One file: routers and what they are for are replaced in one step.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
-
-from modcompile.config import PrecisionRouterConfig
-from modcompile.durable_files import write_json
+from modcompile.durable_files import replace_file
 from modcompile.errors import ArtifactError, ConfigError
+from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_routers import PrecisionRouter
-from modcompile.router_weights import load_router_weights, save_router_weights
-from modcompile.versioned_json import read_versioned, versioned
+from modcompile.router_weights import load_router_weights, read_about, save_router_weights
+from modcompile.versioned_json import parse_versioned, versioned
 
 FORMAT_VERSION = 1
 PRECISION_ROUTERS = "precision_routers.safetensors"
-PRECISION_ROUTER_CONFIG = "precision_router_config.json"
 _AGAIN = "run modcompile.train again"
 
 
 def has_precision_routers(folder: Path) -> bool:
     """Whether routers of precisions were trained in the folder."""
-    return (folder / PRECISION_ROUTER_CONFIG).is_file()
+    return (folder / PRECISION_ROUTERS).is_file()
 
 
 def read_precision_router_config(folder: Path) -> tuple[PrecisionRouterConfig, list[int]]:
     """How the routers of a folder choose, and the precisions that they choose from, the lowest first.
 
     Raises:
-        ArtifactError: it is damaged, or of another version.
+        ArtifactError: the file is damaged, or of another version.
     """
-    path = folder / PRECISION_ROUTER_CONFIG
-    stored = read_versioned(path, FORMAT_VERSION, again=_AGAIN)
+    path = folder / PRECISION_ROUTERS
+    stored = parse_versioned(read_about(path, again=_AGAIN), path, FORMAT_VERSION, again=_AGAIN)
     try:
         return PrecisionRouterConfig(**stored["routers"]), [int(bits) for bits in stored["precisions"]]
     except (KeyError, TypeError, ValueError, ConfigError) as error:
@@ -45,12 +41,11 @@ def read_precision_router_config(folder: Path) -> tuple[PrecisionRouterConfig, l
 
 
 def save_precision_routers(
-    routers: Mapping[int, nn.Module], config: PrecisionRouterConfig, precisions: Sequence[int], folder: Path
+    routers: Mapping[int, PrecisionRouter], config: PrecisionRouterConfig, precisions: Sequence[int], folder: Path
 ) -> None:
-    """Write both files into a folder that exists."""
-    save_router_weights(routers, folder / PRECISION_ROUTERS)
-    content = {"precisions": list(precisions), "routers": asdict(config)}
-    write_json(folder / PRECISION_ROUTER_CONFIG, versioned(FORMAT_VERSION, content))
+    """Write or replace the file, in one step."""
+    about = json.dumps(versioned(FORMAT_VERSION, {"precisions": list(precisions), "routers": asdict(config)}))
+    replace_file(folder / PRECISION_ROUTERS, lambda staging: save_router_weights(routers, staging, about))
 
 
 def load_precision_routers(

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from modcompile.config import PRECISIONS, QuantizationConfig
+from modcompile.precision_config import PRECISIONS, QuantizationConfig
 from modcompile.quantization import QuantizedWeight, pack, quantize, unpack
 
 FULL_PRECISION = 16

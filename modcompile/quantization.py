@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from modcompile.config import RoundingMethod
+from modcompile.precision_config import RoundingMethod
 
 _SHRINKS = torch.linspace(1.0, 0.5, 26)
 """How far the search for a better scale goes: at half of the range, clipping costs more than rounding ever does."""

@@ -12,9 +12,9 @@ from modcompile.artifacts import update_report
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
-from modcompile.config import QuantizationConfig
 from modcompile.flags import parse_flags
 from modcompile.output_folder import check_writable_target
+from modcompile.precision_config import QuantizationConfig
 from modcompile.quantized_folder import is_quantized_folder, write_quantized_folder
 from modcompile.quantizing import quantize_base, relative_errors
 

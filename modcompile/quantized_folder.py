@@ -12,6 +12,7 @@ A part completes the precision that it is named after (`modcompile.precisions`).
 where the base has them the other way round (`transposed` in the configuration).
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modcompile.build_base import build_base
 from modcompile.checkpoints import save_base
-from modcompile.config import QuantizationConfig
 from modcompile.durable_files import write_json
 from modcompile.errors import ArtifactError, ConfigError
 from modcompile.output_folder import staged_folder
+from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import FULL_PRECISION, MultiPrecisionWeight, PackedWeight, part_bits
 from modcompile.versioned_json import read_versioned, versioned
 
@@ -91,6 +92,18 @@ def write_quantized_folder(
             "transposed": sorted(checkpoint.transposed),
         }
         write_json(staging / QUANTIZATION_CONFIG, versioned(FORMAT_VERSION, content))
+
+
+def copy_quantized_folder(source: Path, folder: Path, *, overwrite: bool = False) -> None:
+    """Copy a folder of `modcompile.quantize` with its routers, and what is told of its making.
+
+    Raises:
+        OutputError: the folder can't be written, or holds something that is not ours to replace.
+    """
+    with staged_folder(folder, overwrite=overwrite, is_ours=is_quantized_folder) as staging:
+        for file in source.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, staging / file.name)
 
 
 def read_quantized_folder(folder: Path, precisions: Sequence[int] | None = None) -> QuantizedCheckpoint:

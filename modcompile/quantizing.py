@@ -7,11 +7,11 @@ from torch import fx
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modcompile.config import QuantizationConfig
 from modcompile.errors import UnsupportedModelError
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import find_linears
 from modcompile.passes.outlined_form import block_calls
+from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import FULL_PRECISION, quantize_weight
 from modcompile.quantized_folder import QuantizedCheckpoint
 from modcompile.routed_graph import trace_outlined

@@ -16,6 +16,7 @@ from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data import DataConfig
+from modcompile.depth_training import DepthTraining
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--max_train_steps asks for a training, but there is no data; add, say, --dataset_name builtin"
         )
     source = find_checkpoint(name)
-    output = Path(training.output_dir if training.has_output_dir else f"{source.name}-routed")
+    output = training.output_or(Path(f"{source.name}-routed"))
     check_routed_target(output, overwrite=training.overwrite_output_dir)
     tokenizer = load_tokenizer(source)
     # Before the model, which takes longer: whether the data can be used.
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(training.seed)
     write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
     if blocks is not None:
-        train_routers(output, output, blocks, budget, training)
+        train_routers(output, output, blocks, DepthTraining(budget), training)
     if steps.export:
         print(export_folder(output, output / "onnx", exporting).summary())
 

@@ -12,6 +12,7 @@ from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target
 from modcompile.progress import show_elapsed
 from modcompile.routed_graph import build_routed
+from modcompile.share_of_parameters import describe_share, share_of_parameters
 
 _NUM_TOKENS = 12
 
@@ -98,18 +99,6 @@ def rewrite_model(base: PreTrainedModel, config: RouterConfig) -> tuple[RoutedFo
     return model, difference
 
 
-def share_of_parameters(model: RoutedForCausalLM) -> dict[str, float]:
-    """How many parameters the routers have, the base has, and the first as a share of all."""
-    trainable = sum(parameter.numel() for parameter in model.router_parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return {"trainable": trainable, "base": total - trainable, "trainable_share": trainable / total}
-
-
 def describe(model: RoutedForCausalLM) -> str:
     """One line: what is routed, and how small the routers are."""
-    numbers = share_of_parameters(model)
-    return (
-        f"{type(model.base).__name__}, {len(model.routed_layers)} routed layers; trainable: "
-        f"{numbers['trainable']:,} of {numbers['trainable'] + numbers['base']:,} parameters "
-        f"({numbers['trainable_share']:.3%})"
-    )
+    return f"{type(model.base).__name__}, {len(model.routed_layers)} routed layers; {describe_share(model)}"

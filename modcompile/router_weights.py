@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modcompile.errors import ArtifactError
 
+_ABOUT = "modcompile"
 
-def save_router_weights(routers: Mapping[int, nn.Module], path: Path) -> None:
-    """Write the parameters of the routers, by their layers."""
+
+def save_router_weights(routers: Mapping[int, nn.Module], path: Path, about: str = "") -> None:
+    """Write the parameters of the routers, by their layers; `about` is kept in the file's header."""
     state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _state(routers).items()}
-    save_file(state, path, metadata={"format": "pt"})
+    # One entry: of several, the order in the file is random, and equal routers make equal files.
+    save_file(state, path, metadata={_ABOUT: about} if about else {"format": "pt"})
 
 
 def load_router_weights(routers: Mapping[int, nn.Module], path: Path, *, again: str) -> None:
@@ -38,6 +41,19 @@ def load_router_weights(routers: Mapping[int, nn.Module], path: Path, *, again: 
     for layer, router in routers.items():
         prefix = f"routers.{layer}."
         router.load_state_dict({name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)})
+
+
+def read_about(path: Path, *, again: str) -> str:
+    """What `save_router_weights` was told to keep.
+
+    Raises:
+        ArtifactError: the file can't be read; `again` is what to run for another.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get(_ABOUT))
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} can't be read ({error}); {again}") from error
 
 
 def _state(routers: Mapping[int, nn.Module]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
-"""python -m modcompile.train: train the routers of a routed folder, or of a model that is rewritten first.
+"""python -m modcompile.train: train the routers of a folder, or of a model that is rewritten or quantized first.
 
-loss = LM loss + router_lambda * max(active_ratio - target_active_ratio, 0); the base stays frozen.
+Depth gates: loss = LM loss + router_lambda * max(active_ratio - target_active_ratio, 0). Precisions, of a quantized
+folder or with --precisions: loss = ce_weight * LM loss + precision_weight * max(average_bits - avg_bits_target, 0) /
+(the most bits), and the term of the depth gates where there are some. The base stays frozen.
 """
 
 import sys
@@ -8,77 +10,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict
-from transformers import set_seed
-
-from modcompile.artifacts import is_routed_folder, read_router_config
-from modcompile.checkpoint_config import load_config
-from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
-from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import parse_flags
-from modcompile.rewriting import check_routed_target, check_trainable, write_rewritten
-from modcompile.training import load_training_blocks, train_routers
+from modcompile.precision_config import PrecisionBudgetConfig, RoundingConfig
+from modcompile.train_depth import train_depth
+from modcompile.train_precisions import PrecisionFlags, holds_precisions, train_precisions
 from modcompile.training_arguments import RouterTrainingArguments
 
 
 @dataclass(frozen=True)
 class _Model:
     model_name_or_path: str = field(
-        metadata={"help": "A routed folder, or a model as for modcompile.rewrite, which is rewritten first."}
+        metadata={
+            "help": "A routed or quantized folder, or a model as for modcompile.rewrite, which is rewritten first (or, "
+            "with --precisions, quantized)."
+        }
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the output folder, and train in it."""
-    model, router, budget, data, training = parse_flags(
+    model, router, budget, precision, rounding, bits, data, training = parse_flags(
         "modcompile.train",
         __doc__,
         None,
-        (_Model, RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments),
+        (
+            _Model,
+            RouterConfig,
+            BudgetConfig,
+            PrecisionFlags,
+            RoundingConfig,
+            PrecisionBudgetConfig,
+            DataConfig,
+            RouterTrainingArguments,
+        ),
         argv,
     )
-    given, overwrite = Path(model.model_name_or_path), training.overwrite_output_dir
-    routed = is_routed_folder(given)
-    name = str(given.resolve()) if routed else model.model_name_or_path
-    source = find_checkpoint(name)
-    default = given if routed else Path(f"{source.name}-routed")
-    folder = output = Path(training.output_dir) if training.has_output_dir else default
-
-    if training.resume_from_checkpoint is not None:
-        blocks = _blocks_for(output, router, data)
-    elif routed:
-        if output.resolve() == given.resolve():
-            check_trainable(output, overwrite=overwrite)
-        else:
-            check_routed_target(output, overwrite=overwrite)
-        folder = given
-        blocks = _blocks_for(given, router, data)
+    given = model.model_name_or_path
+    if precision.precisions is not None or holds_precisions(Path(given)):
+        output = train_precisions(given, precision, rounding, bits, router, budget, data, training)
     else:
-        check_routed_target(output, overwrite=overwrite)
-        # The data before the model, which takes longer.
-        tokenizer = load_tokenizer(source)
-        blocks = load_training_blocks(data, tokenizer, load_config(source, fetch_checkpoint(source)))
-        base = load_base(source)
-        set_seed(training.seed)
-        write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
-    train_routers(folder, output, blocks, budget, training)
+        if precision != PrecisionFlags():
+            raise ConfigError(
+                f"{given} is not quantized, so there is no precision to choose; give --precisions to quantize it"
+            )
+        output = train_depth(given, router, budget, data, training)
     print(f"wrote {output}")
-
-
-def _blocks_for(folder: Path, wanted: RouterConfig, data: DataConfig) -> DatasetDict:
-    """The data, for the model and the routers that a routed folder has."""
-    stored = read_router_config(folder)
-    if wanted not in (RouterConfig(), stored):
-        # Not a surprise after the training: flags that would have made other routers.
-        raise ConfigError(
-            f"{folder} has routers of its own ({stored}); leave the router flags out, or start from the base model"
-        )
-    source = find_checkpoint(str(folder.resolve()))
-    return load_training_blocks(data, load_tokenizer(source), load_config(source, fetch_checkpoint(source)))
 
 
 if __name__ == "__main__":

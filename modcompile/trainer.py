@@ -1,4 +1,4 @@
-"""The HF Trainer on a routed graph: the loss, its metrics, and checkpoints that hold the routers only."""
+"""The HF Trainer on a rewritten graph: the loss, its metrics, and checkpoints that hold the routers only."""
 
 import math
 from pathlib import Path
@@ -8,30 +8,27 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from modcompile.artifacts import load_routers, save_routers
-from modcompile.config import BudgetConfig
-from modcompile.modeling import RoutedCausalLMOutput, RoutedForCausalLM
+from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
-from modcompile.usage import active_tokens
 
 _IGNORED = -100
 _LARGEST_EXPONENT = 700.0  # exp(710) is no floating-point number
 
 
 class RouterTrainer(Trainer):
-    """Trains the routers of a `RoutedForCausalLM` on batches of `input_ids`, `attention_mask` and `labels`, `[B, T]`.
+    """Trains the routers of a model on batches of `input_ids`, `attention_mask` and `labels`, `[B, T]`.
 
-    loss = LM loss + router_lambda * max(active_ratio - target_active_ratio, 0), with the active ratio the mean of the
-    gates over routed layers and tokens that are not padding. Accumulated batches give the gradient of one large batch,
-    as long as the active ratio of each is on the same side of the target: a batch can't see that of the others.
+    The loss is that of the task's objective; what its budgets limit are means over routed layers and tokens that are
+    not padding. Accumulated batches give the gradient of one large batch, as long as each is on the same side of a
+    budget's target: a batch can't see the means of the others.
     """
 
-    def __init__(self, model: RoutedForCausalLM, budget: BudgetConfig, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
-        self._routed = model
-        self._budget = budget
-        self._training = RoutingTotals()
-        self._evaluation = RoutingTotals()
+    def __init__(self, task: RouterTask, **kwargs: Any) -> None:
+        super().__init__(model=task.model, **kwargs)
+        self._task = task
+        names = [name for budget in task.objective.budgets for name in (budget.name, budget.penalty_name)]
+        self._training = RoutingTotals(names)
+        self._evaluation = RoutingTotals(names)
         self._tokens_of_update = torch.ones(())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:
@@ -54,22 +51,28 @@ class RouterTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch; in training, its part of the loss of an update of `num_items_in_batch` predictions."""
-        output: RoutedCausalLMOutput = model(**inputs, num_items_in_batch=1)
-        assert output.loss is not None and output.gates is not None and output.tokens is not None
+        called = model if model.training else self._task.evaluated
+        output = called(**inputs, num_items_in_batch=1)
         summed_loss, predicted, tokens = output.loss, _is_predicted(inputs["labels"]).sum(), output.tokens.sum()
-        active = active_tokens(output.gates, output.tokens).mean()
-        budget_loss = (active / tokens - self._budget.target_active_ratio).clamp(min=0)
+        charged = torch.zeros_like(summed_loss)
+        summed: dict[str, torch.Tensor] = {}
+        for budget in self._task.objective.budgets:
+            spent = budget.spent(output)
+            penalty = budget.penalty(spent / tokens)
+            charged = charged + budget.weight * penalty
+            summed |= {budget.name: spent, budget.penalty_name: penalty * tokens}
         totals = self._training if model.training else self._evaluation
-        totals.add(summed_loss, predicted, active, budget_loss * tokens, tokens)
+        totals.add(summed_loss, predicted, tokens, summed)
+        lm_weight = self._task.objective.lm_weight
         if model.training and num_items_in_batch is not None:
             share = tokens / self._tokens_of_update
-            loss = summed_loss / num_items_in_batch + self._budget.router_lambda * budget_loss * share
+            loss = lm_weight * summed_loss / num_items_in_batch + charged * share
         else:
-            loss = summed_loss / predicted + self._budget.router_lambda * budget_loss
+            loss = lm_weight * summed_loss / predicted + charged
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means since the last line: LM loss, active ratio, budget loss."""
+        """Add the means since the last line: LM loss, and what each budget limits and charges."""
         if "loss" in logs:
             logs |= self._training.take()
         super().log(logs, *args, **kwargs)
@@ -79,8 +82,10 @@ class RouterTrainer(Trainer):
         self._evaluation.take()
         output = super().evaluation_loop(*args, **kwargs)
         means = self._evaluation.take()
-        means["budget_loss"] = max(means["active_ratio"] - self._budget.target_active_ratio, 0.0)
-        means["loss"] = means["lm_loss"] + self._budget.router_lambda * means["budget_loss"]
+        means["loss"] = self._task.objective.lm_weight * means["lm_loss"]
+        for budget in self._task.objective.budgets:
+            means[budget.penalty_name] = float(budget.penalty(torch.tensor(means[budget.name])))
+            means["loss"] += budget.weight * means[budget.penalty_name]
         means["perplexity"] = math.exp(min(means["lm_loss"], _LARGEST_EXPONENT))
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = dict(output.metrics or {}) | {f"{prefix}_{name}": value for name, value in means.items()}
@@ -89,14 +94,14 @@ class RouterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_routers(self._routed, folder)
+        self._task.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_routers(self._routed, Path(resume_from_checkpoint))
+        self._task.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        load_routers(self._routed, Path(self.state.best_model_checkpoint))
+        self._task.load(Path(self.state.best_model_checkpoint))
 
 
 def _is_predicted(labels: torch.Tensor) -> torch.Tensor:

@@ -1,22 +1,21 @@
-"""Train the routers of a routed folder."""
+"""Train routers on a rewritten graph, in the folder where they are kept."""
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from datasets import DatasetDict
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from modcompile.artifacts import ROUTERS, copy_routed_folder, load_with_routers, update_report
-from modcompile.config import BudgetConfig
+from modcompile.artifacts import update_report
 from modcompile.data import DataConfig
 from modcompile.disk_errors import output_errors
-from modcompile.durable_files import replace_file
 from modcompile.errors import DataError
 from modcompile.packing import load_blocks
 from modcompile.progress import show_elapsed
-from modcompile.rewriting import describe, share_of_parameters
-from modcompile.router_weights import save_router_weights
+from modcompile.router_task import RouterTask
+from modcompile.share_of_parameters import share_of_parameters
 from modcompile.trainer import RouterTrainer
 from modcompile.training_arguments import RouterTrainingArguments
 from modcompile.training_checkpoints import find_training_checkpoint, training_checkpoints
@@ -36,8 +35,21 @@ def load_training_blocks(
     return load_blocks(data, tokenizer, max_positions=getattr(config, "max_position_embeddings", None))
 
 
+class RouterTraining(Protocol):
+    """What differs between trainings: of which routers, in which kind of folder."""
+
+    def open(self, folder: Path, device: torch.device) -> RouterTask:
+        """The model of a folder, ready to be trained."""
+
+    def copy(self, source: Path, folder: Path, *, overwrite: bool) -> None:
+        """Copy a folder to where it is trained in."""
+
+    def report(self, task: RouterTask) -> dict[str, Any]:
+        """What `report.json` tells of it."""
+
+
 def train_routers(
-    folder: Path, output: Path, blocks: DatasetDict, budget: BudgetConfig, training: RouterTrainingArguments
+    folder: Path, output: Path, blocks: DatasetDict, kind: RouterTraining, training: RouterTrainingArguments
 ) -> dict[str, Any]:
     """Train the routers of `folder` in `output`, the same folder or a copy, and return the metrics.
 
@@ -53,11 +65,10 @@ def train_routers(
     training.output_dir = str(output)
     set_seed(training.seed)
     with show_elapsed("loading and tracing"):
-        model = load_with_routers(folder, None, device=training.device, use_cache=False)
-    print(describe(model))
+        task = kind.open(folder, training.device)
+    print(task.description)
     trainer = RouterTrainer(
-        model,
-        budget,
+        task,
         args=training,
         train_dataset=blocks["train"],
         eval_dataset=blocks["validation"],
@@ -65,16 +76,16 @@ def train_routers(
     )
     # Nothing is written before it is known that all of the above can be used.
     if output.resolve() != folder.resolve():
-        copy_routed_folder(folder, output, overwrite=training.overwrite_output_dir)
+        kind.copy(folder, output, overwrite=training.overwrite_output_dir)
     if checkpoint is None:
         with output_errors(output):
             for earlier in training_checkpoints(output):
                 shutil.rmtree(earlier)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    report = {"budget": vars(budget), "steps": result.global_step, "parameters": share_of_parameters(model)}
+    report = {**kind.report(task), "steps": result.global_step, "parameters": share_of_parameters(task.model)}
     # Before the evaluation, which may be interrupted, or bring the routers to another dtype (--bf16_full_eval).
     if trainer.is_world_process_zero():
-        replace_file(output / ROUTERS, lambda staging: save_router_weights(model.routers, staging))
+        task.save(output)
         update_report(output, "training", report)
     metrics = {**result.metrics, **trainer.evaluate()}
     if trainer.is_world_process_zero():

@@ -1,6 +1,7 @@
 """The HF Trainer's arguments, with defaults that suit a few thousand parameters."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -61,5 +62,9 @@ class RouterTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = None
         # Without an accelerator the CPU is what is meant; the HF arguments would refuse --bf16 on it.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.has_output_dir = self.output_dir is not None
+        self._given_output = self.output_dir
         super().__post_init__()
+
+    def output_or(self, default: Path) -> Path:
+        """The folder of --output_dir, or `default` where that was not given."""
+        return default if self._given_output is None else Path(self._given_output)

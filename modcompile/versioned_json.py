@@ -20,9 +20,22 @@ def read_versioned(path: Path, version: int, *, again: str) -> dict[str, Any]:
         ArtifactError: it can't be read, is no such file, or of another version.
     """
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); {again}") from error
+    return parse_versioned(text, path, version, again=again)
+
+
+def parse_versioned(text: str, path: Path, version: int, *, again: str) -> dict[str, Any]:
+    """The same of what was read from `path`.
+
+    Raises:
+        ArtifactError: it is no such text, or of another version.
+    """
+    try:
+        stored: dict[str, Any] = json.loads(text)
         found = stored["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); {again}") from error
     if found != version:
         raise ArtifactError(

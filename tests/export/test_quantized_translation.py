@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from modcompile.config import PrecisionRouterConfig, QuantizationConfig
 from modcompile.export.build_model import build_model
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.precision_config import PrecisionRouterConfig, QuantizationConfig
 from modcompile.quantizing import quantize_base
 from tests.model_inputs import ModelInputs, make_inputs
 from tests.tiny_models import tiny_model

@@ -1,8 +1,8 @@
 import torch
 from torch import fx
 
-from modcompile.config import QuantizationConfig
 from modcompile.precision_branches import PrecisionWeights
+from modcompile.precision_config import QuantizationConfig
 from modcompile.quantizing import quantize_base
 from tests.tiny_graphs import outlined_graph, shared_model
 

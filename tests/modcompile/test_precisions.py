@@ -3,7 +3,7 @@ from typing import Literal
 import pytest
 import torch
 
-from modcompile.config import QuantizationConfig, RoundingMethod
+from modcompile.precision_config import QuantizationConfig, RoundingMethod
 from modcompile.precisions import part_bits, quantize_weight
 from modcompile.quantization import quantize
 

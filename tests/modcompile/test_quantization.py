@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modcompile.config import RoundingMethod
+from modcompile.precision_config import RoundingMethod
 from modcompile.quantization import choose_qparams, pack, quantize, split_groups, unpack
 
 BITS = st.sampled_from([2, 4, 8])

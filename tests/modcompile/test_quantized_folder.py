@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modcompile.config import QuantizationConfig
 from modcompile.errors import ArtifactError, CheckpointError, ConfigError, ModcompileError, OutputError
+from modcompile.precision_config import QuantizationConfig
 from modcompile.quantized_folder import (
     QuantizedCheckpoint,
     is_quantized_folder,

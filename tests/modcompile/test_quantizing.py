@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from modcompile.config import QuantizationConfig
+from modcompile.precision_config import QuantizationConfig
 from modcompile.quantizing import find_block_linears, quantize_base, relative_errors
 from tests.tiny_routed import tiny_base
 

@@ -12,9 +12,9 @@ from modcompile.rewriting import (
     check_trainable,
     describe,
     rewrite_model,
-    share_of_parameters,
     write_rewritten,
 )
+from modcompile.share_of_parameters import share_of_parameters
 from tests.tiny_models import tiny_model
 from tests.tiny_routed import tiny_base, tiny_routed
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import default_data_collator
 
 from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.depth_training import depth_task
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
 from modcompile.routed_graph import build_routed
@@ -80,8 +81,7 @@ def _trainer(
     }
     training = RouterTrainingArguments(output_dir=str(folder), **(defaults | arguments))
     return RouterTrainer(
-        model,
-        budget,
+        depth_task(model, budget),
         args=training,
         train_dataset=blocks,
         eval_dataset=blocks,

@@ -14,12 +14,13 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from modcompile.artifacts import load_with_routers, read_report, update_report
 from modcompile.config import BudgetConfig
 from modcompile.data import DataConfig
+from modcompile.depth_training import DepthTraining
 from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
 from tests.folder_contents import contents
 
-_BUDGET = BudgetConfig(router_lambda=2.0, target_active_ratio=0.1)
+_DEPTH = DepthTraining(BudgetConfig(router_lambda=2.0, target_active_ratio=0.1))
 _RESULTS = {"routers.safetensors", "report.json"}
 
 
@@ -44,7 +45,7 @@ def _arguments(**options: Any) -> RouterTrainingArguments:
 
 def test_trains_in_place_and_changes_the_routers_only(folder: Path, blocks: DatasetDict) -> None:
     before, routers = contents(folder), load_file(folder / "routers.safetensors")
-    train_routers(folder, folder, blocks, _BUDGET, _arguments())
+    train_routers(folder, folder, blocks, _DEPTH, _arguments())
     after, trained = contents(folder), load_file(folder / "routers.safetensors")
     checkpoint = {name for name in after if name.startswith("checkpoint-2/")}
     assert {name for name in after if after[name] != before.get(name)} - checkpoint == _RESULTS
@@ -59,7 +60,7 @@ def test_trains_in_place_and_changes_the_routers_only(folder: Path, blocks: Data
 def test_trains_in_a_copy(folder: Path, blocks: DatasetDict, tmp_path: Path) -> None:
     update_report(folder, "rewrite", {"model": "tiny"})
     before = contents(folder)
-    train_routers(folder, tmp_path / "out", blocks, _BUDGET, _arguments(save_strategy="no"))
+    train_routers(folder, tmp_path / "out", blocks, _DEPTH, _arguments(save_strategy="no"))
     assert contents(folder) == before
     after = contents(tmp_path / "out")
     assert {name for name in after if after[name] != before.get(name)} == _RESULTS
@@ -68,7 +69,7 @@ def test_trains_in_a_copy(folder: Path, blocks: DatasetDict, tmp_path: Path) -> 
 
 
 def test_report_tells_of_the_training(folder: Path, blocks: DatasetDict, capsys: pytest.CaptureFixture[str]) -> None:
-    returned = train_routers(folder, folder, blocks, _BUDGET, _arguments(save_strategy="no"))
+    returned = train_routers(folder, folder, blocks, _DEPTH, _arguments(save_strategy="no"))
     stdout = capsys.readouterr().out
     report = json.loads((folder / "report.json").read_text())["training"]
     assert report["budget"] == {"router_lambda": 2.0, "target_active_ratio": 0.1}
@@ -93,13 +94,13 @@ def test_seed_decides(folder: Path, blocks: DatasetDict, tmp_path: Path) -> None
     trained = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         arguments = _arguments(seed=seed, save_strategy="no")
-        train_routers(folder, tmp_path / name, blocks, _BUDGET, arguments)
+        train_routers(folder, tmp_path / name, blocks, _DEPTH, arguments)
         trained.append(contents(tmp_path / name)["routers.safetensors"])
     assert trained[0] == trained[1] != trained[2]
 
 
 def test_evaluation_in_half_precision_leaves_the_routers_whole(folder: Path, blocks: DatasetDict) -> None:
-    train_routers(folder, folder, blocks, _BUDGET, _arguments(bf16_full_eval=True, save_strategy="no"))
+    train_routers(folder, folder, blocks, _DEPTH, _arguments(bf16_full_eval=True, save_strategy="no"))
     stored = load_file(folder / "routers.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in stored)
@@ -109,7 +110,7 @@ def test_removes_the_checkpoints_of_an_earlier_training(folder: Path, blocks: Da
     for name in ("checkpoint-2", "checkpoint-900", "checkpoint-best"):
         (folder / name).mkdir()
         (folder / name / "trainer_state.json").write_text("{}")
-    train_routers(folder, folder, blocks, _BUDGET, _arguments(save_strategy="no"))
+    train_routers(folder, folder, blocks, _DEPTH, _arguments(save_strategy="no"))
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-best"}
 
 
@@ -119,12 +120,12 @@ def test_resumes_exactly(folder: Path, blocks: DatasetDict, tmp_path: Path, drop
     config["routers"]["router_dropout"] = dropout
     (folder / "router_config.json").write_text(json.dumps(config))
     arguments = {"max_train_steps": 6, "save_steps": 3}
-    whole = train_routers(folder, tmp_path / "whole", blocks, _BUDGET, _arguments(**arguments))
+    whole = train_routers(folder, tmp_path / "whole", blocks, _DEPTH, _arguments(**arguments))
     resumed = tmp_path / "resumed"
     shutil.copytree(folder, resumed)
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", resumed / "checkpoint-3")
     torch.manual_seed(9)
-    metrics = train_routers(resumed, resumed, blocks, _BUDGET, _arguments(**arguments, resume_from_checkpoint="true"))
+    metrics = train_routers(resumed, resumed, blocks, _DEPTH, _arguments(**arguments, resume_from_checkpoint="true"))
     assert contents(resumed)["routers.safetensors"] == contents(tmp_path / "whole")["routers.safetensors"]
     assert metrics["eval_loss"] == whole["eval_loss"]
     assert [line["step"] for line in read_report(resumed)["training"]["history"] if "loss" in line] == [*range(1, 7)]
@@ -134,7 +135,7 @@ def test_resumes_exactly(folder: Path, blocks: DatasetDict, tmp_path: Path, drop
 def test_refuses_to_resume_from_nothing(folder: Path, blocks: DatasetDict, resume: str) -> None:
     before = contents(folder)
     with pytest.raises(ArtifactError, match="checkpoint"):
-        train_routers(folder, folder, blocks, _BUDGET, _arguments(resume_from_checkpoint=resume))
+        train_routers(folder, folder, blocks, _DEPTH, _arguments(resume_from_checkpoint=resume))
     assert contents(folder) == before
 
 
@@ -149,7 +150,7 @@ def test_writes_nothing_of_a_folder_that_is_damaged(
     _cut(name)(folder)
     before = contents(tmp_path)
     with pytest.raises(ModcompileError, match=name):
-        train_routers(folder, tmp_path / "out", blocks, _BUDGET, _arguments())
+        train_routers(folder, tmp_path / "out", blocks, _DEPTH, _arguments())
     assert contents(tmp_path) == before
     assert not (tmp_path / "out").exists()
 

@@ -22,7 +22,7 @@ def test_defaults_suit_routers() -> None:
     assert arguments.logging_steps == 10
     assert arguments.num_train_epochs == 1.0
     assert arguments.max_steps == -1
-    assert not arguments.has_output_dir
+    assert arguments.output_or(Path("default")) == Path("default")
     assert arguments.report_to == []
 
 
@@ -31,7 +31,7 @@ def test_passes_the_flags_of_transformers_on() -> None:
         *("--output_dir", "out", "--weight_decay", "0.1", "--warmup_steps", "7", "--gradient_accumulation_steps", "4"),
         *("--lr_scheduler_type", "cosine", "--seed", "7", "--adam_beta2", "0.95", "--report_to", "none"),
     )
-    assert arguments.has_output_dir
+    assert arguments.output_or(Path("default")) != Path("default")
     assert Path(str(arguments.output_dir)).name == "out"
     assert (arguments.weight_decay, arguments.warmup_steps, arguments.gradient_accumulation_steps) == (0.1, 7, 4)
     assert (arguments.lr_scheduler_type, arguments.seed, arguments.adam_beta2) == ("cosine", 7, 0.95)

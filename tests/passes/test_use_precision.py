@@ -5,10 +5,10 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-from modcompile.config import QuantizationConfig
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph
 from modcompile.passes.replace_weights import replace_weights
 from modcompile.passes.use_precision import use_precision
+from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import MultiPrecisionWeight, quantize_weight
 from modcompile.quantizing import find_block_linears
 from tests.model_inputs import make_inputs

@@ -1,0 +1,77 @@
+"""What routers are trained for: the language model's loss, and budgets of what it may spend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modcompile.config import BudgetConfig
+from modcompile.precision_config import PrecisionBudgetConfig
+from modcompile.usage import active_tokens
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A mean over tokens and routed layers, and what is charged for it: `weight * max(mean - target, 0) / scale`."""
+
+    name: str
+    """Of the mean in metrics."""
+    penalty_name: str
+    weight: float
+    target: float
+    scale: float
+    spent: Callable[[Any], torch.Tensor]
+    """From the output of a model to a scalar: summed over tokens, the mean over layers."""
+
+    def penalty(self, mean: torch.Tensor) -> torch.Tensor:
+        """What a mean is charged, before the weight; the same in training and evaluation."""
+        return (mean - self.target).clamp(min=0) / self.scale
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = lm_weight * LM loss + the sum of weight * penalty over the budgets."""
+
+    budgets: tuple[Budget, ...]
+    lm_weight: float = 1.0
+
+
+def depth_budget(config: BudgetConfig) -> Budget:
+    """Of the share of tokens and layers that are executed."""
+    return Budget(
+        "active_ratio",
+        "budget_loss",
+        config.router_lambda,
+        config.target_active_ratio,
+        1.0,
+        lambda output: active_tokens(output.gates, output.tokens).mean(),
+    )
+
+
+def bits_budget(config: PrecisionBudgetConfig, precisions: list[int]) -> Budget:
+    """Of the expected bits of a token's block, as a share of the most it can have; a skipped block has none."""
+    num_bits = torch.tensor(precisions, dtype=torch.float32)
+    target = 0.0 if config.avg_bits_target is None else config.avg_bits_target
+    return Budget(
+        "average_bits",
+        "bits_loss",
+        config.precision_weight,
+        target,
+        float(max(precisions)),
+        lambda output: expected_bits(output, num_bits).mean(),
+    )
+
+
+def expected_bits(output: Any, num_bits: torch.Tensor) -> torch.Tensor:
+    """`[L]`: for each layer the bits of `num_bits [P]`, weighted by its router, summed over tokens.
+
+    `output` is that of `train_forward`. Closed gates count as 0 bits; padding does not count.
+    """
+    tokens = output.tokens.float()
+    by_layer = [
+        (weights.float() @ num_bits.to(weights.device)).expand_as(tokens) for weights in output.precision_weights
+    ]
+    for layer, gate in (output.gates or {}).items():
+        by_layer[layer] = by_layer[layer] * gate.squeeze(-1).float()
+    return torch.stack([(bits * tokens).sum() for bits in by_layer])

@@ -1,0 +1,102 @@
+"""Training of the routers of precisions, and of depth gates beside them, in a quantized folder."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from modcompile.artifacts import load_depth_routers, save_depth_routers
+from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.objective import Budget, Objective, bits_budget, depth_budget
+from modcompile.precision_config import PrecisionBudgetConfig, PrecisionRouterConfig
+from modcompile.precision_router_files import load_precision_routers, save_precision_routers
+from modcompile.quantized_folder import copy_quantized_folder
+from modcompile.router_task import RouterTask
+from modcompile.share_of_parameters import describe_share
+
+TrainedRouters = Literal["both", "depth", "precision"]
+
+
+@dataclass(frozen=True)
+class PrecisionTraining:
+    """For `train_routers`: loss = ce_weight * LM loss + precision_weight * bits loss, and the depth budget's.
+
+    The bits loss is max(average bits - avg_bits_target, 0) / the most bits.
+    """
+
+    precisions: Sequence[int] | None
+    """By default those of the folder's routers, else all that it has."""
+    routers: PrecisionRouterConfig | None
+    """Of new routers; None goes on with those of the folder, if it has some."""
+    depth: RouterConfig | None
+    """Of new depth gates; None keeps those of the folder, if it has some."""
+    trained: TrainedRouters
+    budget: PrecisionBudgetConfig
+    depth_budget: BudgetConfig
+
+    def open(self, folder: Path, device: torch.device) -> RouterTask:
+        """The model of a quantized folder."""
+        options = {} if self.routers is None else asdict(self.routers)
+        model = LayerwiseQuantizeForCausalLM.from_quantized(
+            folder, self.precisions, depth=self.depth, device=device, **options
+        )
+        for router in model.routers.values():
+            router.requires_grad_(self.trained != "depth")
+        for gate_router in model.depth_routers.values():
+            gate_router.requires_grad_(self.trained != "precision")
+        return precision_task(model, self.budget, self.depth_budget)
+
+    def copy(self, source: Path, folder: Path, *, overwrite: bool) -> None:
+        """Copy what a quantized folder holds."""
+        copy_quantized_folder(source, folder, overwrite=overwrite)
+
+    def report(self, task: RouterTask) -> dict[str, Any]:
+        """The budgets, and what is chosen from."""
+        model = _layerwise(task)
+        depth = {"depth_budget": asdict(self.depth_budget)} if model.depth_routers else {}
+        return {"precisions": model.precisions, "budget": asdict(self.budget), **depth}
+
+
+def precision_task(
+    model: LayerwiseQuantizeForCausalLM, budget: PrecisionBudgetConfig, depth: BudgetConfig
+) -> RouterTask:
+    """The training of a model's routers; evaluated is what a row or token chose alone, as it is used."""
+    budgets: list[Budget] = [bits_budget(budget, model.precisions)]
+    if model.depth_routers:
+        budgets.append(depth_budget(depth))
+    return RouterTask(
+        model,
+        partial(model.train_forward, hard=True),
+        Objective(tuple(budgets), budget.ce_weight),
+        partial(_save, model),
+        partial(_load, model),
+        _describe(model),
+    )
+
+
+def _save(model: LayerwiseQuantizeForCausalLM, folder: Path) -> None:
+    if model.depth_config is not None:
+        save_depth_routers(model.depth_routers, model.depth_config, folder)
+    save_precision_routers(model.routers, model.router_config, model.precisions, folder)
+
+
+def _load(model: LayerwiseQuantizeForCausalLM, folder: Path) -> None:
+    if model.depth_config is not None:
+        load_depth_routers(model.depth_routers, folder)
+    load_precision_routers(model.routers, folder, model.precisions, model.precisions)
+
+
+def _layerwise(task: RouterTask) -> LayerwiseQuantizeForCausalLM:
+    assert isinstance(task.model, LayerwiseQuantizeForCausalLM)
+    return task.model
+
+
+def _describe(model: LayerwiseQuantizeForCausalLM) -> str:
+    bits = ", ".join(map(str, model.precisions))
+    gates = f", {len(model.depth_routers)} of them with a depth gate" if model.depth_routers else ""
+    layers = f"{bits} bits in {len(model.routers)} routed layers{gates}"
+    return f"{type(model.base).__name__}, {layers}; {describe_share(model)}"

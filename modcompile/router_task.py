@@ -1,0 +1,27 @@
+"""What a training of routers has to know of a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from modcompile.objective import Objective
+
+
+@dataclass(frozen=True)
+class RouterTask:
+    """A model whose routers are trained, what for, and how they are kept."""
+
+    model: PreTrainedModel
+    """Called with `input_ids`, `attention_mask` and `labels`, all `[B, T]`, in training mode."""
+    evaluated: Callable[..., Any]
+    """What is called instead for an evaluation."""
+    objective: Objective
+    save: Callable[[Path], None]
+    """Writes the routers into a folder that exists, a checkpoint say."""
+    load: Callable[[Path], None]
+    """Fills the routers from such a folder."""
+    description: str
+    """One line: what is trained, and how small it is."""

@@ -1,0 +1,112 @@
+"""Train routers of precisions from the command line: find the quantized folder, or make it, and train in it."""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from modcompile.any_precision_folder import is_any_precision_folder
+from modcompile.artifacts import ROUTER_CONFIG, ROUTERS, is_routed_folder
+from modcompile.checkpoint_config import load_config
+from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
+from modcompile.checkpoints import load_base, load_tokenizer
+from modcompile.config import BudgetConfig, RouterConfig, check_choice
+from modcompile.data import DataConfig
+from modcompile.errors import OutputError
+from modcompile.output_folder import check_writable_target
+from modcompile.precision_config import (
+    PrecisionBudgetConfig,
+    PrecisionRouterConfig,
+    PrecisionRoutingConfig,
+    QuantizationConfig,
+    RoundingConfig,
+)
+from modcompile.precision_router_files import has_precision_routers, read_precision_router_config
+from modcompile.precision_training import PrecisionTraining, TrainedRouters
+from modcompile.quantized_folder import is_quantized_folder, write_quantized_folder
+from modcompile.quantizing import quantize_base
+from modcompile.training import load_training_blocks, train_routers
+from modcompile.training_arguments import RouterTrainingArguments
+
+
+@dataclass(frozen=True)
+class PrecisionFlags(PrecisionRoutingConfig):
+    """From which precisions blocks choose, and by what.
+
+    Raises:
+        ConfigError: an option is outside of its range.
+    """
+
+    precisions: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Bits that blocks choose from: any of 2, 4, 8 and 16 (a model that is not quantized is quantized "
+            "to them), or some of those that the folder has (by default all)."
+        },
+    )
+    route_depth: bool = field(
+        default=False,
+        metadata={"help": "Give the blocks of a quantized folder depth gates, too, by the flags of these."},
+    )
+    trained_routers: TrainedRouters = field(
+        default="both",
+        metadata={"help": "Where there are depth gates beside precisions: train both, or one after the other."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("trained_routers", self.trained_routers, ("both", "depth", "precision"))
+
+
+def holds_precisions(folder: Path) -> bool:
+    """Whether a folder holds weights at several precisions."""
+    return is_quantized_folder(folder) or is_any_precision_folder(folder)
+
+
+def train_precisions(
+    model: str,
+    flags: PrecisionFlags,
+    rounding: RoundingConfig,
+    bits: PrecisionBudgetConfig,
+    router: RouterConfig,
+    budget: BudgetConfig,
+    data: DataConfig,
+    training: RouterTrainingArguments,
+) -> Path:
+    """Train the routers of a quantized folder, or of a model that is quantized first; return the folder.
+
+    Raises:
+        ModcompileError: the model, the data or the output folder can't be used.
+    """
+    given, overwrite = Path(model), training.overwrite_output_dir
+    quantized = holds_precisions(given)
+    source = find_checkpoint(str(given.resolve()) if given.is_dir() else model)
+    default = given if quantized else Path(f"{source.name}-quantized")
+    folder = output = training.output_or(default)
+    routers: PrecisionRouterConfig | None = PrecisionRouterConfig(
+        flags.router_scope, flags.precision_mixing, router.router_dropout
+    )
+    kept = given if quantized else output
+    if has_precision_routers(kept) and routers in (PrecisionRouterConfig(), read_precision_router_config(kept)[0]):
+        routers = None
+    if training.resume_from_checkpoint is None:
+        if not (quantized and output.resolve() == given.resolve()):
+            check_writable_target(output, overwrite=overwrite, is_ours=is_quantized_folder)
+        if has_precision_routers(output) and not overwrite:
+            raise OutputError(
+                f"{output} holds trained routers; choose another --output_dir or pass --overwrite_output_dir"
+            )
+        folder = given if quantized else output
+    tokenizer = load_tokenizer(source)
+    blocks = load_training_blocks(data, tokenizer, load_config(source, fetch_checkpoint(source)))
+    if training.resume_from_checkpoint is None and not quantized:
+        assert flags.precisions is not None
+        config = QuantizationConfig(**asdict(rounding), precisions=flags.precisions)
+        write_quantized_folder(quantize_base(load_base(source), config), tokenizer, output, overwrite=overwrite)
+        if is_routed_folder(given):
+            for name in (ROUTERS, ROUTER_CONFIG):
+                shutil.copyfile(given / name, output / name)
+    kind = PrecisionTraining(
+        flags.precisions, routers, router if flags.route_depth else None, flags.trained_routers, bits, budget
+    )
+    train_routers(folder, output, blocks, kind, training)
+    return output
