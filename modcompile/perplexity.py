@@ -1,6 +1,5 @@
 """What a routed model scores on a text, and how much of it that takes: dense, soft and hard."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,35 +7,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from modcompile.config import check
-from modcompile.errors import DataError
 from modcompile.modeling import RoutedForCausalLM
+from modcompile.text_loss import TextLoss, batches, count_predicted_tokens, summed_loss
 from modcompile.tracing import eval_mode
-
-_IGNORED = -100  # as in the labels of `tokenize_and_pack`
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(TextLoss):
     """One mode of the model on a text; padding counts nowhere."""
 
-    loss: float
-    """Mean cross-entropy of a predicted token, in nats; the first token of a sequence is not predicted."""
     active_ratio: float
     """Share of (token, routed layer) pairs that were executed; where gates are soft, their mean."""
     active_ratio_per_layer: dict[int, float]
     """The same for each routed layer, by its index in the model."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where that is no floating-point number."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ def evaluate_model(
         DataError: there is no token to predict, or one that the model does not have.
     """
     check("batch_size", batch_size, at_least=1)
-    predicted = _count_predicted_tokens(blocks, model.config.vocab_size)
+    predicted = count_predicted_tokens(blocks, model.config.vocab_size)
     threshold = tuple(hard_threshold) if isinstance(hard_threshold, Sequence) else hard_threshold
     modes = {"dense": 0.0, "soft": None, "hard": threshold}
     measured: dict[str, Measurement] = {}
@@ -93,30 +79,11 @@ def _measure(
 ) -> Measurement:
     model.reset_usage()
     loss = 0.0
-    for batch in blocks.with_format("torch").iter(batch_size):
-        width = int(batch["attention_mask"].sum(1).max())  # padding is on the right
-        tensors = {name: tensor[:, :width].to(model.device) for name, tensor in batch.items()}
-        output = model(tensors["input_ids"], tensors["attention_mask"], use_cache=False)
-        # Row by row: cross-entropy copies the logits, which for a batch can take more memory than the model.
-        for logits, labels in zip(output.logits[:, :-1], tensors["labels"][:, 1:], strict=True):
-            losses = cross_entropy(logits.float(), labels, ignore_index=_IGNORED, reduction="none")
-            loss += float(losses.double().sum())
-        bar.update(len(tensors["labels"]))
+    for batch in batches(blocks, batch_size, model.device):
+        output = model(batch["input_ids"], batch["attention_mask"], use_cache=False)
+        loss += summed_loss(output.logits, batch["labels"])
+        bar.update(len(batch["labels"]))
     return Measurement(loss / predicted, model.active_ratio, model.active_ratio_per_layer)
-
-
-def _count_predicted_tokens(blocks: Dataset, vocab_size: int) -> int:
-    count = 0
-    for batch in blocks.with_format("numpy").iter(1024):
-        largest = int(batch["input_ids"].max())
-        if largest >= vocab_size:
-            raise DataError(
-                f"the text has the token {largest}, but the model has {vocab_size}: it was tokenized for another model"
-            )
-        count += int((batch["labels"][:, 1:] != _IGNORED).sum())
-    if not count:
-        raise DataError("the text has fewer than two tokens, so there is none to predict: give more text")
-    return count
 
 
 @contextmanager

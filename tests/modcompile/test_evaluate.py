@@ -1,167 +1,71 @@
 import json
 import re
 import shutil
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from modcompile.cli import run
-from modcompile.corpus import builtin_documents
-from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
-from modcompile.evaluate import EvaluateConfig, load_evaluation_blocks, main
-from modcompile.packing import tokenize_and_pack
-from modcompile.perplexity import evaluate_model
-from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
+from modcompile.evaluate import main
+from tests.folder_contents import contents
+from tests.tiny_quantized import write_tiny_quantized
 
-FAST = ["--sequence_length", "64", "--max_samples", "3"]
-
-
-@pytest.fixture
-def own_folder(routed_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the routed folder that a test may change."""
-    return Path(shutil.copytree(routed_folder, tmp_path / "own"))
+FAST = ["--sequence_length", "32", "--max_samples", "1"]
 
 
 @pytest.fixture(scope="module")
-def evaluated(routed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """report.json and stdout of one run."""
-    folder = Path(shutil.copytree(routed_folder, tmp_path_factory.mktemp("evaluated") / "tiny"))
-    (folder / "report.json").write_text(json.dumps({"training": {"steps": 3}, "evaluation": "old"}))
-    with redirect_stdout(StringIO()) as stdout:
-        main([str(folder), "--hard_threshold", "0.25", *FAST])
-    return json.loads((folder / "report.json").read_text()), stdout.getvalue()
+def quantized_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_quantized(tmp_path_factory.mktemp("quantized") / "tiny", tokenizer)
 
 
-def test_report_holds_what_evaluate_model_finds(
-    evaluated: tuple[dict[str, Any], str], tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize(("kind", "scored"), [("routed_folder", "hard"), ("quantized_folder", "router")])
+def test_folder_decides_what_is_evaluated(
+    kind: str, scored: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = evaluated[0]["evaluation"]
-    blocks = load_evaluation_blocks(EvaluateConfig(sequence_length=64, max_samples=3), tokenizer)
-    expected = evaluate_model(tiny_routed("straight_through", use_cache=False), blocks, hard_threshold=0.25)
-    for mode, measured in expected.modes.items():
-        assert written[mode] == {
-            "perplexity": measured.perplexity,
-            "loss": measured.loss,
-            "active_ratio": measured.active_ratio,
-            "active_ratio_per_layer": {str(layer): measured.active_ratio_per_layer[layer] for layer in ROUTED_LAYERS},
-        }
-    assert written["dense"]["active_ratio"] == 1.0
-    assert written["hard_threshold"] == 0.25
-    assert written["text"] == "the built-in test split"
-    assert (written["sequence_length"], written["sequences"], written["predicted_tokens"]) == (64, 3, 3 * 63)
-    assert set(written["versions"]) == {"modcompile", "torch", "transformers"}
-
-
-def test_rest_of_the_report_stays(evaluated: tuple[dict[str, Any], str]) -> None:
-    assert set(evaluated[0]) == {"training", "evaluation"}
-    assert evaluated[0]["training"] == {"steps": 3}
-
-
-def test_prints_a_plain_table(evaluated: tuple[dict[str, Any], str]) -> None:
-    written, lines = evaluated[0]["evaluation"], evaluated[1].splitlines()
-    assert lines[0] == "189 predicted tokens of the built-in test split, 3 sequences of up to 64"
-    assert lines[1].split() == ["perplexity", "loss", "active", "ratio"]
-    notes = {
-        "dense": "every gate open: the base model",
-        "soft": "gates as trained (straight_through: 0 or 1, so hard at 0.5 by construction)",
-        "hard": "threshold 0.25",
-    }
-    for line, (mode, note) in zip(lines[2:5], notes.items(), strict=True):
-        numbers = [f"{written[mode][name]:.{digits}f}" for name, digits in (("perplexity", 3), ("loss", 4))]
-        assert line.split(maxsplit=4) == [mode, *numbers, f"{written[mode]['active_ratio']:.3f}", note]
-    ratios = written["hard"]["active_ratio_per_layer"]
-    assert lines[5:] == [f"hard active ratio by layer: 0:{ratios['0']:.3f} 2:{ratios['2']:.3f}"]
-    assert "\x1b" not in evaluated[1]
-
-
-def test_text_file_is_one_document(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """As a .txt file is in training: no end of text between its blocks."""
-    path = tmp_path / "a.txt"
-    path.write_text("one two\nthree\n\n\nfour\n")
-    blocks = load_evaluation_blocks(EvaluateConfig(text_file=str(path), sequence_length=8), tokenizer)
-    tokens = [token for row in blocks for token in row["input_ids"][: sum(row["attention_mask"])]]
-    assert tokenizer.decode(tokens) == "one two\nthree\n\nfour"
-    assert tokenizer.eos_token_id not in tokens
-
-
-def test_builtin_text_is_the_test_split(tokenizer: PreTrainedTokenizerFast) -> None:
-    blocks = load_evaluation_blocks(EvaluateConfig(sequence_length=64), tokenizer)
-    assert blocks.to_dict() == tokenize_and_pack(builtin_documents("test"), tokenizer, 64).to_dict()
-
-
-def test_samples_are_drawn_from_the_whole_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = load_evaluation_blocks(EvaluateConfig(sequence_length=64), tokenizer)["input_ids"]
-    configs = [EvaluateConfig(sequence_length=64, max_samples=5, seed=seed) for seed in (1, 2, 1)]
-    drawn = [list(load_evaluation_blocks(config, tokenizer)["input_ids"]) for config in configs]
-    assert drawn[0] == drawn[2] != drawn[1]
-    for rows in drawn:
-        positions = [list(whole).index(row) for row in rows]
-        assert positions == sorted(set(positions))
-        assert len(positions) == 5
-    everything = EvaluateConfig(sequence_length=64, max_samples=len(whole))
-    assert list(load_evaluation_blocks(everything, tokenizer)["input_ids"]) == list(whole)
-
-
-def test_sequence_may_be_as_long_as_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = EvaluateConfig(sequence_length=128, max_samples=1)
-    blocks = load_evaluation_blocks(config, tokenizer, max_positions=128)
-    assert len(blocks[0]["input_ids"]) == 128
+    own = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "own"))
+    (own / "report.json").write_text(json.dumps({"training": {"steps": 3}, "evaluation": "old"}))
+    assert run(partial(main, [str(own), *FAST])) == 0
+    written = json.loads((own / "report.json").read_text())
+    assert set(written) == {"training", "evaluation"}
+    assert written["training"] == {"steps": 3}
+    assert f"{written['evaluation'][scored]['perplexity']:.3f}" in capsys.readouterr().out
+    assert set(written["evaluation"]["versions"]) == {"modcompile", "torch", "transformers"}
 
 
 @pytest.mark.parametrize(
-    ("flags", "error", "message"),
+    ("kind", "flags", "message"),
     [
-        (["--hard_threshold", "nan"], ConfigError, "--hard_threshold is nan"),
-        (["--hard_threshold", "-0.5"], ConfigError, "--hard_threshold is -0.5"),
-        (["--sequence_length", "1"], ConfigError, "--sequence_length is 1"),
-        (["--sequence_length", "129"], ConfigError, "--sequence_length 129 is above the 128 positions of the model"),
-        ([], ConfigError, "--sequence_length 512 is above the 128 positions of the model"),
-        (["--batch_size", "0"], ConfigError, "--batch_size is 0"),
-        (["--max_samples", "0"], ConfigError, "--max_samples is 0"),
-        (["--text_file", "missing.txt", *FAST], DataError, r"missing\.txt does not exist"),
+        ("routed_folder", ["--precisions", "4"], "is routed, not quantized: leave out --precisions"),
+        ("routed_folder", ["--calibration_samples", "2"], "is routed, not quantized: leave out --calibration_samples"),
+        (
+            "quantized_folder",
+            ["--hard_threshold", "0.25", "--batch_size", "2"],
+            "is quantized, not routed: leave out --hard_threshold, --batch_size",
+        ),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options_are_refused(
-    routed_folder: Path, flags: list[str], error: type[ModcompileError], message: str
+def test_flags_of_the_other_kind_are_refused(
+    kind: str,
+    flags: list[str],
+    message: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(error, match=message):
-        main([str(routed_folder), *flags])
-    assert not (routed_folder / "report.json").exists()
+    folder = request.getfixturevalue(kind)
+    before = contents(folder)
+    assert run(partial(main, [str(folder), *flags])) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"error: {folder} {message}\n")
+    assert contents(folder) == before
 
 
-def test_text_of_one_token_is_refused(routed_folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("\nx\n\n")
-    with pytest.raises(DataError, match=r"a\.txt has fewer than two tokens"):
-        main([str(routed_folder), "--text_file", str(path), *FAST])
-
-
-@pytest.mark.parametrize(
-    ("remove", "error", "message"),
-    [
-        (".", ArtifactError, "own is not a folder"),
-        ("router_config.json", ArtifactError, r"own has no router_config\.json"),
-        ("routers.safetensors", ArtifactError, r"routers\.safetensors can't be read"),
-        ("tokenizer*.json", ArtifactError, "own has no tokenizer"),
-    ],
-)
-def test_missing_parts_are_named(own_folder: Path, remove: str, error: type[ModcompileError], message: str) -> None:
-    removed = [own_folder] if remove == "." else list(own_folder.glob(remove))
-    assert removed
-    for path in removed:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(error, match=message):
-        main([str(own_folder), *FAST])
-
-
-def test_errors_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(partial(main, [str(tmp_path / "nothing")])) == 2
+@pytest.mark.parametrize("flags", [[], ["--precisions", "4"]])
+def test_a_folder_that_is_not_there_is_one_line(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(partial(main, [str(tmp_path / "nothing"), *flags])) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.fullmatch(r"error: .*nothing is not a folder; .*\n", captured.err)
@@ -174,6 +78,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     usage, *entries = re.split(r"\n  (?=-)", capsys.readouterr().out)
     assert "python -m modcompile.evaluate" in usage
     explained = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
-    for flag in ("hard_threshold", "text_file", "sequence_length", "batch_size", "max_samples", "seed"):
+    text = ("text_file", "sequence_length", "max_samples", "seed")
+    for flag in (*text, "hard_threshold", "batch_size", "precisions", "calibration_samples"):
         assert "(default: " in explained[f"--{flag}"]
         assert len(explained[f"--{flag}"].split()) > 5

@@ -174,8 +174,3 @@ def test_rejects_a_text_of_one_token(routed: RoutedForCausalLM) -> None:
     row = {"input_ids": [5, 0], "attention_mask": [1, 0], "labels": [5, -100]}
     with pytest.raises(DataError, match="fewer than two tokens"):
         evaluate_model(routed, Dataset.from_list([row]))
-
-
-def test_perplexity_is_the_exponential_of_the_loss() -> None:
-    assert Measurement(math.log(7), 1.0, {}).perplexity == pytest.approx(7)
-    assert Measurement(1e6, 1.0, {}).perplexity == math.inf

@@ -1,0 +1,96 @@
+"""The evaluation of a quantized folder: its precision routers, every precision, and the best static allocations."""
+
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modcompile.config import check
+from modcompile.evaluation_text import (
+    EvaluationTextConfig,
+    describe_text,
+    load_calibration_blocks,
+    load_evaluation_blocks,
+    text_as_json,
+)
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement, evaluate_precisions
+from modcompile.precision_plot import plot_precisions
+from modcompile.progress import show_elapsed
+
+PLOT = "precisions.png"
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class PrecisionEvaluationConfig:
+    """How a quantized folder is evaluated.
+
+    Raises:
+        ConfigError: an option is outside of its range.
+    """
+
+    precisions: list[int] | None = field(
+        default=None, metadata={"help": "Bits that blocks of a quantized folder may have (by default all that it has)."}
+    )
+    calibration_samples: int = field(
+        default=4,
+        metadata={"help": "Sequences of the built-in validation split by which static allocations of bits are chosen."},
+    )
+
+    def __post_init__(self) -> None:
+        check("calibration_samples", self.calibration_samples, at_least=1)
+
+
+def evaluate_quantized(folder: Path, text: EvaluationTextConfig, config: PrecisionEvaluationConfig) -> dict[str, Any]:
+    """Evaluate, print a table, plot, and return what `report.json` is to hold.
+
+    Raises:
+        ArtifactError: the folder is incomplete, damaged, or of another version.
+        CheckpointError: its base can't be read.
+        ConfigError: it lacks a precision, or the sequence length is above the model's positions.
+        DataError: the text can't be read, or has fewer than two tokens.
+        OutputError: the plot can't be written.
+    """
+    blocks = load_evaluation_blocks(text, folder)
+    calibration = load_calibration_blocks(text, folder, config.calibration_samples)
+    with show_elapsed("loading and tracing"):
+        model = LayerwiseQuantizeForCausalLM.from_quantized(folder, config.precisions)
+    evaluation = evaluate_precisions(model, blocks, calibration)
+    print(_table(evaluation, text))
+    plot_precisions(evaluation, folder / PLOT)
+    print(f"plotted in {folder / PLOT}")
+    return {
+        **text_as_json(text, evaluation.sequences, evaluation.predicted_tokens),
+        "calibration_sequences": calibration.num_rows,
+        "fixed": {str(bits): _as_json(measured) for bits, measured in evaluation.fixed.items()},
+        "router": {**_as_json(evaluation.router), "shares_per_layer": evaluation.router.shares},
+        "static": [
+            {**_as_json(measured), "bits_per_layer": allocation, "at_router": allocation == evaluation.at_router}
+            for allocation, measured in evaluation.static.items()
+        ],
+        "sensitivity_per_layer": evaluation.sensitivity,
+    }
+
+
+def _as_json(measured: PrecisionMeasurement) -> dict[str, float]:
+    return {"perplexity": measured.perplexity, "loss": measured.loss, "average_bits": measured.average_bits}
+
+
+def _table(evaluation: PrecisionEvaluation, text: EvaluationTextConfig) -> str:
+    """The numbers for a person."""
+    lines = [describe_text(text, evaluation.sequences, evaluation.predicted_tokens)]
+    lines.append(f"{'':7}  {'bits':>6}  {'perplexity':>10}  {'loss':>7}")
+    lines += [_line("fixed", measured) for measured in evaluation.fixed.values()]
+    for allocation, measured in evaluation.static.items():
+        if len(set(allocation)) > 1:
+            note = "  the most bits within the router's" if allocation == evaluation.at_router else ""
+            lines.append(f"{_line('static', measured)}{note}")
+    lines.append(_line("router", evaluation.router))
+    averages = enumerate(evaluation.router.average_bits_per_block)
+    layers = "router's bits by layer: " + " ".join(f"{layer}:{bits:.2f}" for layer, bits in averages)
+    return "\n".join([*lines, *textwrap.wrap(layers, _WIDTH, subsequent_indent="  ")])
+
+
+def _line(name: str, measured: PrecisionMeasurement) -> str:
+    return f"{name:7}  {measured.average_bits:6.2f}  {measured.perplexity:10.3f}  {measured.loss:7.4f}"

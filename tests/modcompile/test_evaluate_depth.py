@@ -1,0 +1,114 @@
+import json
+import shutil
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
+from modcompile.evaluate import main
+from modcompile.evaluation_text import EvaluationTextConfig, load_evaluation_blocks
+from modcompile.perplexity import evaluate_model
+from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
+
+FAST = ["--sequence_length", "64", "--max_samples", "3"]
+
+
+@pytest.fixture
+def own_folder(routed_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the routed folder that a test may change."""
+    return Path(shutil.copytree(routed_folder, tmp_path / "own"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(routed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """report.json and stdout of one run."""
+    folder = Path(shutil.copytree(routed_folder, tmp_path_factory.mktemp("evaluated") / "tiny"))
+    (folder / "report.json").write_text(json.dumps({"training": {"steps": 3}, "evaluation": "old"}))
+    with redirect_stdout(StringIO()) as stdout:
+        main([str(folder), "--hard_threshold", "0.25", *FAST])
+    return json.loads((folder / "report.json").read_text()), stdout.getvalue()
+
+
+def test_report_holds_what_evaluate_model_finds(evaluated: tuple[dict[str, Any], str], routed_folder: Path) -> None:
+    written = evaluated[0]["evaluation"]
+    blocks = load_evaluation_blocks(EvaluationTextConfig(sequence_length=64, max_samples=3), routed_folder)
+    expected = evaluate_model(tiny_routed("straight_through", use_cache=False), blocks, hard_threshold=0.25)
+    for mode, measured in expected.modes.items():
+        assert written[mode] == {
+            "perplexity": measured.perplexity,
+            "loss": measured.loss,
+            "active_ratio": measured.active_ratio,
+            "active_ratio_per_layer": {str(layer): measured.active_ratio_per_layer[layer] for layer in ROUTED_LAYERS},
+        }
+    assert written["dense"]["active_ratio"] == 1.0
+    assert written["hard_threshold"] == 0.25
+    assert written["text"] == "the built-in test split"
+    assert (written["sequence_length"], written["sequences"], written["predicted_tokens"]) == (64, 3, 3 * 63)
+    assert set(written["versions"]) == {"modcompile", "torch", "transformers"}
+
+
+def test_prints_a_plain_table(evaluated: tuple[dict[str, Any], str]) -> None:
+    written, lines = evaluated[0]["evaluation"], evaluated[1].splitlines()
+    assert lines[0] == "189 predicted tokens of the built-in test split, 3 sequences of up to 64"
+    assert lines[1].split() == ["perplexity", "loss", "active", "ratio"]
+    notes = {
+        "dense": "every gate open: the base model",
+        "soft": "gates as trained (straight_through: 0 or 1, so hard at 0.5 by construction)",
+        "hard": "threshold 0.25",
+    }
+    for line, (mode, note) in zip(lines[2:5], notes.items(), strict=True):
+        numbers = [f"{written[mode][name]:.{digits}f}" for name, digits in (("perplexity", 3), ("loss", 4))]
+        assert line.split(maxsplit=4) == [mode, *numbers, f"{written[mode]['active_ratio']:.3f}", note]
+    ratios = written["hard"]["active_ratio_per_layer"]
+    assert lines[5:] == [f"hard active ratio by layer: 0:{ratios['0']:.3f} 2:{ratios['2']:.3f}"]
+    assert "\x1b" not in evaluated[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--hard_threshold", "nan"], ConfigError, "--hard_threshold is nan"),
+        (["--hard_threshold", "-0.5"], ConfigError, "--hard_threshold is -0.5"),
+        (["--sequence_length", "1"], ConfigError, "--sequence_length is 1"),
+        (["--sequence_length", "129"], ConfigError, "--sequence_length 129 is above the 128 positions of the model"),
+        ([], ConfigError, "--sequence_length 512 is above the 128 positions of the model"),
+        (["--batch_size", "0"], ConfigError, "--batch_size is 0"),
+        (["--max_samples", "0"], ConfigError, "--max_samples is 0"),
+        (["--text_file", "missing.txt", *FAST], DataError, r"missing\.txt does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused(
+    routed_folder: Path, flags: list[str], error: type[ModcompileError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        main([str(routed_folder), *flags])
+    assert not (routed_folder / "report.json").exists()
+
+
+def test_text_of_one_token_is_refused(routed_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\nx\n\n")
+    with pytest.raises(DataError, match=r"a\.txt has fewer than two tokens"):
+        main([str(routed_folder), "--text_file", str(path), *FAST])
+
+
+@pytest.mark.parametrize(
+    ("remove", "error", "message"),
+    [
+        (".", ArtifactError, "own is not a folder"),
+        ("router_config.json", ArtifactError, r"own has no router_config\.json"),
+        ("routers.safetensors", ArtifactError, r"routers\.safetensors can't be read"),
+        ("tokenizer*.json", ArtifactError, "own has no tokenizer"),
+    ],
+)
+def test_missing_parts_are_named(own_folder: Path, remove: str, error: type[ModcompileError], message: str) -> None:
+    removed = [own_folder] if remove == "." else list(own_folder.glob(remove))
+    assert removed
+    for path in removed:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(error, match=message):
+        main([str(own_folder), *FAST])

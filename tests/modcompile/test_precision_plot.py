@@ -1,0 +1,86 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.container import BarContainer
+from matplotlib.image import imread
+
+from modcompile.errors import OutputError
+from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement
+from modcompile.precision_plot import draw_precisions, plot_precisions
+
+
+def _evaluation(*, lowest_loss: float = 2.5) -> PrecisionEvaluation:
+    """Of two blocks, the first of which is skipped for some tokens."""
+
+    def uniform(loss: float, *bits: int) -> PrecisionMeasurement:
+        return PrecisionMeasurement(loss, tuple({each: 1.0} for each in bits))
+
+    fixed = {4: uniform(lowest_loss, 4, 4), 8: uniform(2.0, 8, 8), 16: uniform(1.9, 16, 16)}
+    return PrecisionEvaluation(
+        fixed,
+        router=PrecisionMeasurement(2.1, ({0: 0.25, 16: 0.75}, {8: 1.0})),
+        static={(4, 4): fixed[4], (4, 16): uniform(2.2, 4, 16), (16, 16): fixed[16]},
+        at_router=(4, 16),
+        sensitivity=[{16: 0.0, 8: 0.1, 4: 0.2}] * 2,
+        sequences=2,
+        predicted_tokens=20,
+    )
+
+
+def test_draws_every_measurement() -> None:
+    evaluation = _evaluation()
+    quality, _ = draw_precisions(evaluation).axes
+    drawn = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in quality.get_lines()}
+    assert drawn == {
+        "best static allocation": [[m.average_bits, m.perplexity] for m in evaluation.static.values()],
+        "fixed precision": [[m.average_bits, m.perplexity] for m in evaluation.fixed.values()],
+        "router": [[(0.75 * 16 + 8) / 2, evaluation.router.perplexity]],
+    }
+
+
+def test_stacks_the_choices_of_every_block() -> None:
+    _, choices = draw_precisions(_evaluation()).axes
+    bars = [container for container in choices.containers if isinstance(container, BarContainer)]
+    stacked = {
+        str(container.get_label()): [(bar.get_y(), bar.get_height()) for bar in container.patches] for container in bars
+    }
+    assert stacked == {
+        "skipped": [(0.0, 0.25), (0.0, 0.0)],
+        "8 bits": [(0.25, 0.0), (0.0, 1.0)],
+        "16 bits": [(0.25, 0.75), (1.0, 0.0)],
+    }
+
+
+@pytest.mark.parametrize(("lowest_loss", "scale"), [(2.9, "linear"), (3.1, "log"), (1e4, "linear")])
+def test_scale_is_logarithmic_where_the_span_demands(lowest_loss: float, scale: str, tmp_path: Path) -> None:
+    """An infinite perplexity spans nothing, and is left out."""
+    evaluation = _evaluation(lowest_loss=lowest_loss)
+    quality, _ = draw_precisions(evaluation).axes
+    assert quality.get_yscale() == scale
+    (fixed,) = [line for line in quality.get_lines() if line.get_label() == "fixed precision"]
+    assert len(np.asarray(fixed.get_xydata())) == (2 if lowest_loss == 1e4 else 3)
+    plot_precisions(evaluation, tmp_path / "plot.png")
+
+
+def test_writes_a_png_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    path.write_text("older")
+    plot_precisions(_evaluation(), path)
+    assert list(tmp_path.iterdir()) == [path]
+    pixels = imread(path)
+    assert pixels.shape == (480, 1320, 4)
+    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 5
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="can't be written"):
+        plot_precisions(_evaluation(), tmp_path / "missing" / "plot.png")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

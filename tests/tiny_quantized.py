@@ -1,0 +1,47 @@
+"""A quantized LLaMA that goes with the tokenizer of `tiny_tokenizer`, and routers for it that decide by the tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modcompile.config import QuantizationConfig
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.precisions import FULL_PRECISION
+from modcompile.quantized_folder import read_quantized_folder, write_quantized_folder
+from modcompile.quantizing import quantize_base
+from tests.tiny_routed import tiny_base
+
+NUM_LAYERS = 3
+BITS = [2, 4, 16]
+
+
+def write_tiny_quantized(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Path:
+    """`tiny_base` at 2, 4 and 16 bits."""
+    write_quantized_folder(quantize_base(tiny_base(), QuantizationConfig(BITS, group_size=32)), tokenizer, folder)
+    return folder
+
+
+def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
+    """Random routers whose choices differ from sequence to sequence."""
+    torch.manual_seed(1)
+    for linear in (module for module in model.routers.modules() if isinstance(module, nn.Linear)):
+        nn.init.normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def plain_model(folder: Path, bits: Sequence[int]) -> PreTrainedModel:
+    """The model of transformers on weights that are dequantized here, each block at bits of its own."""
+    read = read_quantized_folder(folder)
+    layers = next(child for child in read.base.modules() if isinstance(child, nn.ModuleList))
+    precisions = {
+        id(parameter): each for layer, each in zip(layers, bits, strict=True) for parameter in layer.parameters()
+    }
+    with torch.no_grad():
+        for name, weight in read.weights.items():
+            parameter = read.base.get_parameter(name)
+            if precisions[id(parameter)] != FULL_PRECISION:
+                parameter.copy_(weight.dequantize(precisions[id(parameter)]))
+    return read.base
