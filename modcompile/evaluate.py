@@ -22,7 +22,7 @@ from modcompile.evaluate_depth import DepthEvaluationConfig, evaluate_depth
 from modcompile.evaluate_precisions import PrecisionEvaluationConfig, evaluate_quantized
 from modcompile.evaluation_text import EvaluationTextConfig
 from modcompile.flags import parse_flags
-from modcompile.quantized_folder import is_quantized_folder
+from modcompile.precision_folder import holds_precisions
 from modcompile.version import __version__
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
     )
     folder = Path(given)
-    if is_quantized_folder(folder):
+    if holds_precisions(folder):
         _refuse(depth, f"{folder} is quantized, not routed")
         result = evaluate_quantized(folder, text, precisions)
     else:

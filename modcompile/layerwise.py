@@ -13,7 +13,6 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from modcompile.any_precision_folder import is_any_precision_folder, read_any_precision_folder
 from modcompile.artifacts import is_routed_folder, load_depth_routers, read_router_config
 from modcompile.config import RouterConfig, check_threshold
 from modcompile.errors import ConfigError
@@ -23,13 +22,13 @@ from modcompile.passes import choose_precision, insert_depth_gates, insert_preci
 from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
 from modcompile.precision_config import PrecisionRouterConfig
+from modcompile.precision_folder import read_precisions
 from modcompile.precision_router_files import (
     has_precision_routers,
     load_precision_routers,
     read_precision_router_config,
 )
 from modcompile.precision_routers import PrecisionMixer, PrecisionRouter
-from modcompile.quantized_folder import read_quantized_folder
 from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, trace_outlined
 
 
@@ -119,11 +118,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         if has_precision_routers(folder) and not router_options:
             config, known = read_precision_router_config(folder)
             precisions = known if precisions is None else precisions
-        checkpoint: PrecisionCheckpoint
-        if is_any_precision_folder(folder):
-            checkpoint = read_any_precision_folder(folder, precisions)
-        else:
-            checkpoint = read_quantized_folder(folder, precisions)
+        checkpoint = read_precisions(folder, precisions)
         base: Any = checkpoint.base
         base.to(device)
         stored_depth = read_router_config(folder) if depth is None and is_routed_folder(folder) else None

@@ -16,8 +16,9 @@ from modcompile.data import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import parse_flags
 from modcompile.precision_config import PrecisionBudgetConfig, RoundingConfig
+from modcompile.precision_folder import holds_precisions
 from modcompile.train_depth import train_depth
-from modcompile.train_precisions import PrecisionFlags, holds_precisions, train_precisions
+from modcompile.train_precisions import PrecisionFlags, train_precisions
 from modcompile.training_arguments import RouterTrainingArguments
 
 

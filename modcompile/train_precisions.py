@@ -4,7 +4,6 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from modcompile.any_precision_folder import is_any_precision_folder
 from modcompile.artifacts import ROUTER_CONFIG, ROUTERS, is_routed_folder
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
@@ -20,6 +19,7 @@ from modcompile.precision_config import (
     QuantizationConfig,
     RoundingConfig,
 )
+from modcompile.precision_folder import holds_precisions
 from modcompile.precision_router_files import has_precision_routers, read_precision_router_config
 from modcompile.precision_training import PrecisionTraining, TrainedRouters
 from modcompile.quantized_folder import is_quantized_folder, write_quantized_folder
@@ -55,11 +55,6 @@ class PrecisionFlags(PrecisionRoutingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("trained_routers", self.trained_routers, ("both", "depth", "precision"))
-
-
-def holds_precisions(folder: Path) -> bool:
-    """Whether a folder holds weights at several precisions."""
-    return is_quantized_folder(folder) or is_any_precision_folder(folder)
 
 
 def train_precisions(

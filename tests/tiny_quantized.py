@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modcompile.config import QuantizationConfig
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import FULL_PRECISION
 from modcompile.quantized_folder import read_quantized_folder, write_quantized_folder
 from modcompile.quantizing import quantize_base
@@ -20,16 +20,20 @@ BITS = [2, 4, 16]
 
 def write_tiny_quantized(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Path:
     """`tiny_base` at 2, 4 and 16 bits."""
-    write_quantized_folder(quantize_base(tiny_base(), QuantizationConfig(BITS, group_size=32)), tokenizer, folder)
+    write_quantized_folder(
+        quantize_base(tiny_base(), QuantizationConfig(precisions=BITS, group_size=32)), tokenizer, folder
+    )
     return folder
 
 
 def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
     """Random routers whose choices differ from sequence to sequence."""
     torch.manual_seed(1)
-    for linear in (module for module in model.routers.modules() if isinstance(module, nn.Linear)):
-        nn.init.normal_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    for router in model.routers.values():
+        for linear in router.layers:
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight)
+                nn.init.zeros_(linear.bias)
 
 
 def plain_model(folder: Path, bits: Sequence[int]) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from modcompile.quantized_folder import read_quantized_folder, write_quantized_f
 from modcompile.quantizing import quantize_base
 from tests.model_inputs import ModelInputs, make_inputs
 from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_quantized import let_routers_decide
 
 NUM_LAYERS = 3
 BITS = [4, 8, 16]
@@ -28,12 +29,7 @@ def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 def _load(folder: Path, precisions: list[int] | None = None) -> LayerwiseQuantizeForCausalLM:
     """With routers that decide by the tokens."""
     layerwise = LayerwiseQuantizeForCausalLM.from_quantized(quant_model_path=folder, precisions=precisions)
-    torch.manual_seed(1)
-    for linear in [module for router in layerwise.routers.values() for module in router.modules()]:
-        if not isinstance(linear, nn.Linear):
-            continue
-        nn.init.normal_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    let_routers_decide(layerwise)
     return layerwise
 
 
