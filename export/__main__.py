@@ -1,4 +1,4 @@
-"""python -m modcompile.export DIR: write a routed folder as a verified ONNX folder, by default DIR/onnx."""
+"""python -m modcompile.export DIR: write a routed or quantized folder as a verified ONNX folder (DIR/onnx)."""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, output, folder = parse_flags(
         "modcompile.export",
         __doc__,
-        ("folder", "A routed folder, as modcompile.rewrite and modcompile.train write it."),
+        ("folder", "A routed folder (modcompile.rewrite, modcompile.train) or a quantized one (modcompile.quantize)."),
         (ExportConfig, _Output),
         argv,
     )

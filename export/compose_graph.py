@@ -102,16 +102,19 @@ class Composer:
         call: Any = node.args
         needed, then_branch, else_branch, operands = call
         args = [env[operand] for operand in operands]
+        name = f"{path}{node.name.replace('cond', 'if')}"  # if, if_1, if_2 in the block
         attributes: list[ir.Attr] = []
-        results: list[Operand] = []
-        for name, branch in (("then_branch", then_branch), ("else_branch", else_branch)):
+        examples: list[Example] = []
+        for attribute, branch in (("then_branch", then_branch), ("else_branch", else_branch)):
             module = gm.get_submodule(str(branch.target))
             nodes, results = self._call(module, args, f"{path}{branch.target}.")
-            graph = ir.Graph([], [result.value for result in results], nodes=nodes, name=f"{path}{name}")
-            attributes.append(ir.AttrGraph(name, graph))
-        outputs = _values(f"{path}if.", len(results))
-        conditional = ir.Node("", "If", [env[needed].value], attributes, outputs=outputs, name=f"{path}if")
-        return conditional, [Operand(v, r.example) for v, r in zip(conditional.outputs, results, strict=True)]
+            graph = ir.Graph([], [result.value for result in results], nodes=nodes, name=f"{name}.{attribute}")
+            attributes.append(ir.AttrGraph(attribute, graph))
+            # Of the first branch: in a chain, the other may return empty tensors, which nobody reads.
+            examples = examples or [result.example for result in results]
+        outputs = _values(f"{name}.", len(examples))
+        conditional = ir.Node("", "If", [env[needed].value], attributes, outputs=outputs, name=name)
+        return conditional, [Operand(*pair) for pair in zip(conditional.outputs, examples, strict=True)]
 
     def _initializer(self, tensor: torch.Tensor, name: str) -> ir.Value:
         if id(tensor) not in self._tensors:

@@ -1,5 +1,6 @@
 """Write a routed model as an ONNX folder: build, save, verify, and only then put it where it was asked for."""
 
+import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,9 @@ from pathlib import Path
 from time import perf_counter
 
 import onnx_ir as ir
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from modcompile.artifacts import base_files, load_with_routers, update_report
+from modcompile.artifacts import base_files, update_report
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
@@ -19,15 +20,17 @@ from modcompile.durable_files import write_json
 from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
 from modcompile.export.export_config import ExportConfig
+from modcompile.export.exportable import load_exportable
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import Verification
-from modcompile.export.verification_inputs import NUM_TEXTS, verification_cases
+from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
-from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
+from modcompile.quantized_folder import QUANTIZATION_CONFIG
 
 VERIFICATION = "verification.json"
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
 def is_onnx_folder(folder: Path) -> bool:
@@ -47,18 +50,21 @@ class ExportResult:
         """Three lines for a person."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
+        spent = f"active ratio {proved.active_ratio:.3f}"
+        if not math.isnan(proved.average_bits):
+            spent = f"{proved.average_bits:.2f} bits on average"
         return (
             f"wrote {self.output} ({stages})\n"
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
-            "equal, every If was seen on both sides\n"
+            "equal, every branch of every If was seen\n"
             f"on these texts perplexity {proved.perplexity_torch:.3f} in PyTorch, {proved.perplexity_onnx:.3f} in "
-            f"ONNX Runtime, active ratio {proved.active_ratio:.3f}"
+            f"ONNX Runtime, {spent}"
         )
 
 
 def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
-    """Export the routed folder `source` to `output`.
+    """Export the routed or quantized folder `source` to `output`.
 
     `output` appears only once the artifact is verified. If it is not, `output` holds nothing but `verification.json`.
 
@@ -69,25 +75,23 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
     """
     target, origin = check_writable_target(output, overwrite=overwrite, is_ours=is_onnx_folder), source.resolve()
     if target == origin or target in origin.parents:
-        raise OutputError(f"{target} is or holds the routed folder itself; choose another --output_dir")
+        raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
-        model = load_with_routers(source, config.hard_threshold)
+        model = load_exportable(source, config)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         with _timed("lowering to ONNX", seconds):
-            onnx_model = build_model(model.hard_graph(), emit_routing=config.emit_routing)
+            onnx_model = build_model(model.graph(), emit_routing=config.emit_routing)
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
             del onnx_model
             for file in base_files(source):
-                if not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
         with _timed("verifying", seconds):
-            thresholds = model.hard_thresholds
-            assert thresholds is not None
-            cases = verification_cases(model, _texts(model, tokenizer), thresholds)
-            verification = verify_model(model, staging, cases)
+            subject, cases = model.verification(_texts(model.config, tokenizer))
+            verification = verify_model(subject, staging, cases)
         if not verification.passed:
             for file in list(staging.iterdir()):
                 file.unlink()
@@ -102,16 +106,16 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
     return result
 
 
-def _texts(model: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[Sequence[int]]:
+def _texts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[Sequence[int]]:
     """Rows of held-out English, or of random tokens for a model without a tokenizer."""
     if tokenizer is not None:
         with quiet_transformers():  # The text is longer than the model's positions, its parts are not.
             tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids
-        if len(tokens) >= NUM_TEXTS and max(tokens) < model.config.vocab_size:
+        if len(tokens) >= NUM_TEXTS and max(tokens) < config.vocab_size:
             length = len(tokens) // NUM_TEXTS
             return [tokens[start * length :][:length] for start in range(NUM_TEXTS)]
     numbers = random.Random(0)
-    return [[numbers.randrange(model.config.vocab_size) for _ in range(64)] for _ in range(NUM_TEXTS)]
+    return [[numbers.randrange(config.vocab_size) for _ in range(64)] for _ in range(NUM_TEXTS)]
 
 
 @contextmanager

@@ -51,9 +51,10 @@ def generate(
     for _ in range(config.max_new_tokens):
         attention_mask = np.ones(sequence.shape, np.int64)
         position_ids = np.arange(sequence.shape[1])[None, -new_tokens.shape[1] :]
-        logits, cache, routing = session.run(new_tokens.numpy(), attention_mask, position_ids, cache)
+        logits, cache, told = session.run(new_tokens.numpy(), attention_mask, position_ids, cache)
         if usage is not None:
-            usage.update([torch.from_numpy(mask)[..., None] for mask in routing], torch.ones_like(new_tokens))
+            masks = [torch.from_numpy(mask)[..., None] for mask in told.values()]
+            usage.update(masks, torch.ones_like(new_tokens))
         next_token = _choose(logits, sequence, processors, sample=bool(config.do_sample), generator=generator)
         new_tokens = next_token[None]
         sequence = torch.cat([sequence, new_tokens], 1)

@@ -7,18 +7,22 @@ import numpy as np
 import torch
 
 from modcompile.export.session import RoutedSession
+from modcompile.export.subject import Subject
 from modcompile.export.verification_inputs import Case
-from modcompile.modeling import RoutedForCausalLM
 
 
 @dataclass(frozen=True)
 class PairedStep:
-    """One call in both runtimes: logits `[B, T, V]`, routes `[R, B, T]`, tokens that are not padding `[B, T]`."""
+    """One call in both runtimes: logits `[B, T, V]`, routes `[R, B, T]`, tokens that are not padding `[B, T]`.
+
+    `onnx_branches` says for each routed layer which branch was taken.
+    """
 
     torch_logits: np.ndarray
     onnx_logits: np.ndarray
     torch_routes: np.ndarray
     onnx_routes: np.ndarray
+    onnx_branches: list[int]
     tokens: np.ndarray
     next_tokens: np.ndarray
     """What the text goes on with, `[B, T]`, or `[B, 0]` at its end."""
@@ -33,7 +37,7 @@ class PairedStep:
         return both[0], both[1], targets.numel()
 
 
-def paired_steps(model: RoutedForCausalLM, session: RoutedSession, case: Case) -> Iterator[PairedStep]:
+def paired_steps(subject: Subject, session: RoutedSession, case: Case) -> Iterator[PairedStep]:
     """The prefill of a case and its decode steps, each with the cache of its own runtime."""
     ids, mask = case.prefill_arrays()
     decodes = np.array(case.decodes)
@@ -44,17 +48,24 @@ def paired_steps(model: RoutedForCausalLM, session: RoutedSession, case: Case) -
             mask = np.concatenate([mask, np.ones_like(ids)], 1)
         positions = (mask.cumsum(1) - 1).clip(0)[:, -ids.shape[1] :]
         with torch.no_grad():
-            output = model(
+            output = subject(
                 torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(positions), torch_cache, use_cache=True
             )
         torch_cache = output.past_key_values
-        logits, onnx_cache, routes = session.run(ids, mask, positions, onnx_cache)
+        logits, onnx_cache, told = session.run(ids, mask, positions, onnx_cache)
+        routes, branches = subject.onnx_routes(told, ids)
         next_tokens = np.concatenate([ids[:, 1:], decodes[:, index : index + 1]], 1)
         yield PairedStep(
             output.logits.numpy(),
             logits,
-            np.stack([gate.squeeze(-1).numpy() for gate in output.gates]),
-            np.stack(routes),
+            subject.torch_routes(output),
+            routes,
+            branches,
             mask[:, -ids.shape[1] :] != 0,
             next_tokens,
         )
+
+
+def largest(difference: np.ndarray) -> float:
+    """The largest magnitude in an array, infinite if it holds NaN."""
+    return float(np.nan_to_num(np.abs(difference), nan=np.inf).max(initial=0.0))

@@ -12,9 +12,9 @@ from modcompile.config import check_threshold
 from modcompile.errors import ArtifactError, ConfigError
 
 MODEL_FILE = "model.onnx"
-THRESHOLD_INPUT = "routing_threshold"
+THRESHOLD_INPUT, BIAS_INPUT = "routing_threshold", "precision_bias"
 
-_PAST, _PRESENT, _ROUTING = "past_key_values.", "present.", "routing."
+_PAST, _PRESENT, _ROUTING, _PRECISION = "past_key_values.", "present.", "routing.", "precision."
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 Array = NDArray[Any]
@@ -25,9 +25,10 @@ Cache = list[ort.OrtValue]
 class RoutedSession:
     """An ONNX Runtime session on a `model.onnx` of ours.
 
-    `routed_layers` are those whose routing masks the artifact tells, none if it was exported without --emit_routing;
-    `num_thresholds` is the number of its routed layers. Without `providers`, CUDA is used where this onnxruntime has
-    it, else the CPU.
+    `routed_layers` are those whose routing masks the artifact tells, `precision_layers` those whose bits it tells: none
+    if it was exported without --emit_routing. `num_thresholds` is the number of layers with a depth gate, `bias_shape`
+    the number of layers that choose a precision, and of precisions. Without `providers`, CUDA is used where this
+    onnxruntime has it, else the CPU.
 
     Raises:
         ArtifactError: the file is missing, ONNX Runtime can't load it, or it is not one of ours.
@@ -62,11 +63,16 @@ class RoutedSession:
         self._presents = [name.replace(_PAST, _PRESENT) for name in self._pasts]
         for name in {*_TOKEN_INPUTS, "logits", *self._presents} - {*inputs, *outputs}:
             raise ArtifactError(f"{model_file} has no {name}: it was not made by python -m modcompile.export")
-        self._routing = [name for name in outputs if name.startswith(_ROUTING)]
+        self._told = [name for name in outputs if name not in ("logits", *self._presents)]
         self._device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
-        self.routed_layers = tuple(int(name.removeprefix(_ROUTING)) for name in self._routing)
+        self.routed_layers, self.precision_layers = (
+            tuple(int(name.removeprefix(prefix)) for name in self._told if name.startswith(prefix))
+            for prefix in (_ROUTING, _PRECISION)
+        )
         self.num_thresholds = int(optional[THRESHOLD_INPUT].shape[0]) if THRESHOLD_INPUT in optional else 0
+        self.bias_shape = tuple(map(int, optional[BIAS_INPUT].shape)) if BIAS_INPUT in optional else (0, 0)
         self.thresholds = thresholds
+        self._bias: Array | None = None
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
@@ -89,6 +95,23 @@ class RoutedSession:
             raise ConfigError(f"{len(given)} thresholds for {self.num_thresholds} routed layers; give one, or one each")
         self._thresholds = tuple(map(check_threshold, given))
 
+    def set_precision_bias(self, bias: Any) -> None:
+        """What is added to the logits of the routers of precisions, `bias_shape` or broadcast to it; None: as stored.
+
+        Raises:
+            ConfigError: it has another shape, or holds NaN.
+        """
+        if bias is None:
+            self._bias = None
+            return
+        given = np.asarray(bias, np.float32)
+        try:
+            self._bias = np.broadcast_to(given, self.bias_shape)
+        except ValueError as error:
+            raise ConfigError(f"a precision bias of shape {given.shape} does not fit {self.bias_shape}") from error
+        if np.isnan(given).any():
+            raise ConfigError("a precision bias holds NaN; give numbers, or infinity to force a precision")
+
     def empty_cache(self, batch: int) -> Cache:
         """The keys and values of no token, for `batch` rows."""
         return [
@@ -98,8 +121,8 @@ class RoutedSession:
 
     def run(
         self, input_ids: Array, attention_mask: Array, position_ids: Array, cache: Cache
-    ) -> tuple[Array, Cache, list[Array]]:
-        """Logits `[B, T, V]`, the longer cache, and the routing masks `[B, T]` if the artifact tells them.
+    ) -> tuple[Array, Cache, dict[str, Array]]:
+        """Logits `[B, T, V]`, the longer cache, and what else the artifact tells, by name: masks or bits `[B, T]`.
 
         `input_ids` and `position_ids` are `[B, T]`, `attention_mask` is `[B, P + T]` for a cache of P tokens.
         """
@@ -108,18 +131,20 @@ class RoutedSession:
         feeds |= zip(self._pasts, cache, strict=True)
         if self._thresholds:
             feeds[THRESHOLD_INPUT] = _to_ort(self._thresholds, np.float32)
+        if self._bias is not None:
+            feeds[BIAS_INPUT] = _to_ort(self._bias, np.float32)
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         # Bound, since a plain run would bring the cache of a GPU to the CPU and back in every step.
         for name in self._presents:
             binding.bind_output(name, self._device)
-        for name in ("logits", *self._routing):
+        for name in ("logits", *self._told):
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
         values = binding.get_outputs()
-        present, (logits, *routing) = values[: len(self._presents)], values[len(self._presents) :]
-        return logits.numpy(), present, [mask.numpy() for mask in routing]
+        present, (logits, *told) = values[: len(self._presents)], values[len(self._presents) :]
+        return logits.numpy(), present, {name: value.numpy() for name, value in zip(self._told, told, strict=True)}
 
 
 def _to_ort(values: Any, dtype: type[np.generic]) -> ort.OrtValue:

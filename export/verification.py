@@ -13,6 +13,7 @@ from modcompile.version import __version__
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 MIN_EQUAL_ROUTES = 0.999
+MAX_PERPLEXITY_CHANGE = 0.005
 MAX_ERROR_RATIO = 4.0
 """Where logits differ by more, how much further from float64 than PyTorch's the artifact's may be."""
 
@@ -39,8 +40,12 @@ class Verification:
     perplexity_torch: float = math.nan
     perplexity_onnx: float = math.nan
     active_ratio: float = math.nan
-    never_executed: list[int] = field(default_factory=list)
-    never_skipped: list[int] = field(default_factory=list)
+    average_bits: float = math.nan
+    """Of models that choose precisions; a skipped block has 0."""
+    perplexity_rounded: dict[str, float] = field(default_factory=dict)
+    """Of models with quantized weights: with activations rounded to 8 bits, in both runtimes, on longer texts."""
+    never_seen: dict[int, list[str]] = field(default_factory=dict)
+    """By layer, which of its branches no case has shown."""
     cases: dict[str, float] = field(default_factory=dict)
     errors_to_double: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of the cases in which logits differ by more than the bound: the errors of both runtimes against float64."""
@@ -49,6 +54,7 @@ class Verification:
             "max_logit_difference": MAX_LOGIT_DIFFERENCE,
             "or_error_to_double_relative_to_torch": MAX_ERROR_RATIO,
             "equal_routes": MIN_EQUAL_ROUTES,
+            "perplexity_change": MAX_PERPLEXITY_CHANGE,
         }
     )
     versions: dict[str, str] = field(default_factory=dict)
@@ -82,6 +88,16 @@ class Verification:
         if not self.equal_routes >= MIN_EQUAL_ROUTES:
             share = f"{self.equal_routes:.4%}"
             self.failures.append(f"only {share} of the routes are equal, less than {MIN_EQUAL_ROUTES:.1%}")
-        for name, layers in (("executed", self.never_executed), ("skipped", self.never_skipped)):
-            if layers:
-                self.failures.append(f"the If of layer {layers[0]} was never seen {name}")
+        if self.perplexity_rounded:
+            change = abs(self.perplexity_rounded["onnx"] / self.perplexity_rounded["torch"] - 1)
+            if not change <= MAX_PERPLEXITY_CHANGE:
+                self.failures.append(f"the perplexity differs by {change:.2%}, more than {MAX_PERPLEXITY_CHANGE:.1%}")
+        for name, layers in self._layers_by_missing_branch().items():
+            self.failures.append(f"the If of layer {layers[0]} was never seen {name}")
+
+    def _layers_by_missing_branch(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for layer, names in sorted(self.never_seen.items()):
+            for name in names:
+                found.setdefault(name, []).append(layer)
+        return found

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from modcompile.modeling import RoutedForCausalLM
 
@@ -28,6 +29,8 @@ class Case:
     prefills: tuple[tuple[int, ...], ...]
     decodes: tuple[tuple[int, ...], ...]
     padding: Literal["left", "right"] = "left"
+    precision_bias: tuple[tuple[float, ...], ...] = ()
+    """A row for each layer that chooses a precision."""
 
     def prefill_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """input_ids `[B, T]`, attention_mask `[B, T]`."""
@@ -48,13 +51,7 @@ def verification_cases(
     `texts` are 8 rows of token ids; short ones are repeated, so that each has enough for its prefill and the decode
     steps.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or max(_PREFILL_LENGTHS) + NUM_DECODE_STEPS
-    lengths = [min(length, max(1, longest - NUM_DECODE_STEPS)) for length in _PREFILL_LENGTHS]
-    steps = min(NUM_DECODE_STEPS, longest - 1)
-    rows = [_fill(text, length + steps) for text, length in zip(texts, lengths, strict=True)]
-    prefills = tuple(row[:length] for row, length in zip(rows, lengths, strict=True))
-    decodes = tuple(row[length:] for row, length in zip(rows, lengths, strict=True))
-
+    prefills, decodes = split_texts(model.config, texts)
     count = len(model.routed_layers)
     cases = [
         Case("own thresholds, row by row", tuple(thresholds), (prefill,), (decode,))
@@ -68,6 +65,18 @@ def verification_cases(
         ("half of the tokens", _halving_thresholds(model, prefills), "left"),
     ]
     return cases + [Case(name, tuple(values), prefills, decodes, side) for name, values, side in others]
+
+
+def split_texts(
+    config: PretrainedConfig, texts: Sequence[Sequence[int]]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """The prefills, of mixed lengths within the positions of a model, and the decode tokens of 8 rows of token ids."""
+    longest = getattr(config, "max_position_embeddings", None) or max(_PREFILL_LENGTHS) + NUM_DECODE_STEPS
+    lengths = [min(length, max(1, longest - NUM_DECODE_STEPS)) for length in _PREFILL_LENGTHS]
+    steps = min(NUM_DECODE_STEPS, longest - 1)
+    rows = [_fill(text, length + steps) for text, length in zip(texts, lengths, strict=True)]
+    prefills = tuple(row[:length] for row, length in zip(rows, lengths, strict=True))
+    return prefills, tuple(row[length:] for row, length in zip(rows, lengths, strict=True))
 
 
 def _fill(tokens: Sequence[int], length: int) -> tuple[int, ...]:

@@ -199,21 +199,35 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UnsupportedModelError: they are codes of look-up tables.
         """
-        graph = self._choosing(self._weights.packed_branches(self._dense))
+        return self._like_the_present(self._choosing(self._weights.packed_branches(self._dense)))
+
+    def round_activations(self, *, enabled: bool) -> None:
+        """Have `infer_forward` round activations to 8 bits, as the exported model does on a CPU, or no longer.
+
+        Raises:
+            UnsupportedModelError: the weights are look-up tables, which are not exported.
+        """
+        weights = self._weights
+        branches = weights.rounded_branches(self._dense) if enabled else weights.branches(self._dense)
+        self._infer_graph = self._like_the_present(self._choosing(branches))
+
+    def _like_the_present(self, graph: fx.GraphModule) -> fx.GraphModule:
         for name, buffer in graph.named_buffers():
             if name in ("precision_bias", "routing_threshold"):
                 buffer.copy_(self._infer_graph.get_buffer(name))
-        return graph.eval()
+        return graph.train(self.training)
 
-    def set_hard_threshold(self, hard_threshold: float) -> None:
-        """The threshold above which `infer_forward` opens a depth gate: 0 executes all, above 1 skips all.
+    def set_hard_threshold(self, hard_threshold: float | Sequence[float]) -> None:
+        """The threshold above which `infer_forward` opens a depth gate, or one each: 0 executes all, above 1 skips all.
 
         Raises:
-            ConfigError: it is negative, infinite or not a number, or there are no depth gates.
+            ConfigError: it is negative, infinite or not a number, or there are not as many as depth gates.
         """
-        if not self._depth_routers:
-            raise ConfigError("the blocks have no depth gates for a threshold; give them some with `depth`")
-        self._infer_graph.get_buffer("routing_threshold").fill_(check_threshold(hard_threshold))
+        count = len(self._depth_routers)
+        given = list(hard_threshold) if isinstance(hard_threshold, Sequence) else [hard_threshold] * count
+        if not count or len(given) != count:
+            raise ConfigError(f"{len(given)} thresholds for {count} depth gates; give one, or one each")
+        self._infer_graph.get_buffer("routing_threshold").copy_(torch.tensor([check_threshold(t) for t in given]))
 
     def set_precision_bias(self, bias: torch.Tensor | None) -> None:
         """What `infer_forward` adds to the routers' logits, `[blocks, P]` or broadcast to it; None for nothing."""

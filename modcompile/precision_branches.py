@@ -11,6 +11,7 @@ from modcompile.errors import UnsupportedModelError
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.outlined_form import block_calls
 from modcompile.passes.replace_weights import replace_weights
+from modcompile.passes.round_activations import round_activations
 from modcompile.passes.use_precision import use_precision
 from modcompile.precisions import FULL_PRECISION, DequantizableWeight, MultiPrecisionWeight
 
@@ -55,6 +56,14 @@ class PrecisionWeights:
         """
         return self._versions(dense, self._packed)
 
+    def rounded_branches(self, dense: fx.GraphModule) -> dict[int, dict[int, fx.GraphModule]]:
+        """As `branches`, with activations rounded as ONNX Runtime's products with the codes round them on a CPU.
+
+        Raises:
+            UnsupportedModelError: they are codes of look-up tables.
+        """
+        return self._versions(dense, self._rounded)
+
     def _versions(
         self, dense: fx.GraphModule, version: Callable[[fx.GraphModule, dict[str, str], int], fx.GraphModule]
     ) -> dict[int, dict[int, fx.GraphModule]]:
@@ -84,6 +93,14 @@ class PrecisionWeights:
         return replace_weights(block, weights, str(precision))
 
     def _packed(self, block: fx.GraphModule, names: dict[str, str], precision: int) -> fx.GraphModule:
+        return use_precision(block, self._codes(names), precision)
+
+    def _rounded(self, block: fx.GraphModule, names: dict[str, str], precision: int) -> fx.GraphModule:
+        (group_size,) = {weight.group_size for weight in self._codes(names).values()}
+        return self._dequantized(round_activations(block, names, group_size), names, precision)
+
+    def _codes(self, names: dict[str, str]) -> dict[str, MultiPrecisionWeight]:
+        """The weights by the names that the block has for them."""
         weights = {}
         for target, name in names.items():
             weight = self._checkpoint.weights[name]
@@ -93,7 +110,7 @@ class PrecisionWeights:
                     "with modcompile.quantize"
                 )
             weights[target] = weight
-        return use_precision(block, weights, precision)
+        return weights
 
     def _at(self, name: str, precision: int, dtype: torch.dtype) -> torch.Tensor:
         if (name, precision) not in self._dense:

@@ -64,6 +64,12 @@ class MultiPrecisionWeight:
     in_features: int
     nested: bool
 
+    @property
+    def group_size(self) -> int:
+        """How many input features share a scale."""
+        part = next(iter(self.parts.values()))
+        return part.packed.shape[-1] * 8 // part.num_bits
+
     def used_parts(self, precision: int) -> dict[int, PackedWeight]:
         """The parts whose sum is the weight at `precision`, the first first."""
         if not self.nested:

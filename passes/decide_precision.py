@@ -57,7 +57,7 @@ class DecideForSequences(nn.Module):
         token_weights: torch.Tensor,
         has_tokens: torch.Tensor,
         bias: torch.Tensor,
-        *least_score: torch.Tensor,
+        least_score: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         choice = (self.router(hidden, token_weights) + bias).argmax(-1)
         # A row of nothing but padding asks for nothing.
@@ -66,7 +66,7 @@ class DecideForSequences(nn.Module):
         bits = self.num_bits[choice].expand(hidden.shape[0], hidden.shape[1])
         if self.score is None:
             return *chosen, bits.clone()
-        is_open = self.score(hidden) > least_score[0]
+        is_open = self.score(hidden) > least_score
         needed = is_open.any()
         chosen = [needed.logical_not(), *(needed & is_chosen for is_chosen in chosen)]
         return *chosen, bits * (is_open & token_mask).squeeze(-1), is_open
@@ -94,11 +94,11 @@ class DecideForTokens(nn.Module):
         token_weights: torch.Tensor,
         has_tokens: torch.Tensor,
         bias: torch.Tensor,
-        *least_score: torch.Tensor,
+        least_score: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         version = (self.router(hidden, token_weights) + bias).argmax(-1, keepdim=True)
         if self.score is not None:
-            version = torch.where(self.score(hidden) > least_score[0], version + 1, 0)
+            version = torch.where(self.score(hidden) > least_score, version + 1, 0)
         mixed = len(self.num_bits)
         lowest = torch.where(token_mask, version, mixed).min()
         highest = torch.where(token_mask, version, -1).max()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modcompile.export.compare_in_double import errors_to_double
+from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.export.verification_inputs import NUM_TEXTS, Case, verification_cases
 from modcompile.modeling import RoutedForCausalLM
@@ -36,7 +37,7 @@ def _session(folder: Path) -> RoutedSession:
 
 def test_sound_runtimes_are_wrong_by_rounding(model: RoutedForCausalLM, onnx_folder: Path, cases: list[Case]) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    errors = errors_to_double(model, _session(onnx_folder), cases)
+    errors = errors_to_double(DepthSubject(model), model, _session(onnx_folder), cases)
     assert errors.keys() == {case.name for case in cases}
     for error in errors.values():
         assert 0 < error["torch"] < 1e-5
@@ -57,7 +58,7 @@ def test_a_mistake_is_far_from_the_truth(
     array[0, 0] += 0.1
     weight.const_value = ir.tensor(array, name=weight.name)
     ir.save(onnx_model, folder / MODEL_FILE)
-    errors = errors_to_double(model, _session(folder), cases[:1])
+    errors = errors_to_double(DepthSubject(model), model, _session(folder), cases[:1])
     error = errors[cases[0].name]
     assert error["torch"] < 1e-5
     assert error["onnx"] > 100 * error["torch"]

@@ -64,8 +64,7 @@ def test_proves_every_if_of_an_untrained_model_from_both_sides(exported: ExportR
     assert proved.passed
     assert proved.max_logit_difference < 1e-4
     assert proved.equal_routes == proved.active_ratio == 1.0
-    assert not proved.never_executed
-    assert not proved.never_skipped
+    assert not proved.never_seen
     assert proved.compared_tokens == TOKENS
     assert proved.perplexity_onnx == pytest.approx(proved.perplexity_torch, rel=1e-4)
 

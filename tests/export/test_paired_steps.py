@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.paired_steps import PairedStep, paired_steps
 from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.export.verification_inputs import Case
@@ -29,7 +30,7 @@ def model() -> RoutedForCausalLM:
 
 @torch.no_grad()
 def test_runs_a_prefill_and_every_decode_step_with_a_cache(model: RoutedForCausalLM, session: RoutedSession) -> None:
-    steps = list(paired_steps(model, session, ALONE))
+    steps = list(paired_steps(DepthSubject(model), session, ALONE))
     ids = torch.tensor([ALONE.prefills[0] + ALONE.decodes[0]])
     whole = model(ids)
     assert [step.torch_logits.shape[1] for step in steps] == [4, 1, 1, 1]
@@ -46,9 +47,9 @@ def test_rows_of_a_padded_batch_compute_what_they_compute_alone(
     model: RoutedForCausalLM, session: RoutedSession, padding: str
 ) -> None:
     batch = Case("", THRESHOLDS, BATCH.prefills, BATCH.decodes, "left" if padding == "left" else "right")
-    steps = list(paired_steps(model, session, batch))
+    steps = list(paired_steps(DepthSubject(model), session, batch))
     for row, (prefill, decode) in enumerate(zip(batch.prefills, batch.decodes, strict=True)):
-        alone = list(paired_steps(model, session, Case("", THRESHOLDS, (prefill,), (decode,))))
+        alone = list(paired_steps(DepthSubject(model), session, Case("", THRESHOLDS, (prefill,), (decode,))))
         for step, single in zip(steps, alone, strict=True):
             tokens = step.tokens[row]
             assert int(tokens.sum()) == single.tokens.size
@@ -61,7 +62,7 @@ def test_each_runtime_is_judged_by_itself(model: RoutedForCausalLM, session: Rou
     """The second runtime's routes are not those of the first, nor is its cache."""
     session.thresholds = (2.0, 2.0)
     try:
-        steps = list(paired_steps(model, session, ALONE))
+        steps = list(paired_steps(DepthSubject(model), session, ALONE))
     finally:
         session.thresholds = THRESHOLDS
     assert any(step.torch_routes.any() for step in steps)
@@ -70,7 +71,7 @@ def test_each_runtime_is_judged_by_itself(model: RoutedForCausalLM, session: Rou
 
 
 def test_next_tokens_are_those_of_the_text(model: RoutedForCausalLM, session: RoutedSession) -> None:
-    steps = list(paired_steps(model, session, ALONE))
+    steps = list(paired_steps(DepthSubject(model), session, ALONE))
     assert [step.next_tokens.tolist() for step in steps] == [[[60, 7, 250, 9]], [[10]], [[111]], [[]]]
     assert [step.losses()[2] for step in steps] == [4, 1, 1, 0]
 
@@ -79,7 +80,7 @@ def test_losses_are_summed_cross_entropies() -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(2, 1, 3, 5)).astype(np.float32)
     routes, tokens = np.ones((2, 1, 3), bool), np.ones((1, 3), bool)
-    step = PairedStep(logits[0], logits[1], routes, routes, tokens, np.array([[4, 0]]))
+    step = PairedStep(logits[0], logits[1], routes, routes, [1, 1], tokens, np.array([[4, 0]]))
     expected = []
     for runtime in logits:
         probabilities = np.exp(runtime[0]) / np.exp(runtime[0]).sum(-1, keepdims=True)

@@ -49,7 +49,7 @@ def test_steps_equal_the_hard_graph(session: RoutedSession, thresholds: Threshol
         logits, onnx_cache, routing = session.run(input_ids, attention_mask, position_ids, onnx_cache)
         is_token = mask[:, start:stop].bool()
         torch.testing.assert_close(torch.from_numpy(logits)[is_token], output.logits[is_token], rtol=0, atol=ATOL)
-        for actual, expected in zip(routing, output.gates, strict=True):
+        for actual, expected in zip(routing.values(), output.gates, strict=True):
             assert actual.dtype == np.bool_
             np.testing.assert_array_equal(actual, expected.squeeze(-1).numpy())
         assert {tuple(value.shape()) for value in onnx_cache} == {(2, 2, stop, 8)}
@@ -59,7 +59,7 @@ def test_steps_equal_the_hard_graph(session: RoutedSession, thresholds: Threshol
 def run_whole(session: RoutedSession) -> list[list[list[bool]]]:
     tokens = random_tokens(1, 10).numpy()
     _, _, routing = session.run(tokens, np.ones_like(tokens), np.arange(10)[None], session.empty_cache(1))
-    return [mask.tolist() for mask in routing]
+    return [mask.tolist() for mask in routing.values()]
 
 
 def test_thresholds_override_and_leave_the_artifact(session: RoutedSession, model_file: Path) -> None:
@@ -97,7 +97,7 @@ def test_artifact_without_routes(session: RoutedSession, silent_onnx_folder: Pat
     tokens = random_tokens(1, 5).numpy()
     inputs = tokens, np.ones_like(tokens), np.arange(5)[None]
     logits, _, routing = silent.run(*inputs, silent.empty_cache(1))
-    assert routing == []
+    assert routing == {}
     session.thresholds = [0.0, 2.0]
     np.testing.assert_array_equal(logits, session.run(*inputs, session.empty_cache(1))[0])
 

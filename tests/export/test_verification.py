@@ -48,14 +48,14 @@ def test_fails_where_routes_differ(share: float) -> None:
 
 
 def test_fails_where_an_if_was_seen_from_one_side_only() -> None:
-    assert failures(Verification(never_executed=[3, 4], never_skipped=[5])) == [
+    assert failures(Verification(never_seen={3: ["executed"], 4: ["executed"], 5: ["skipped"]})) == [
         "the If of layer 3 was never seen executed",
         "the If of layer 5 was never seen skipped",
     ]
 
 
 def test_tells_everything_that_failed() -> None:
-    everything = Verification(cases={"own": 1.0}, equal_routes=0.5, never_skipped=[0], never_executed=[0])
+    everything = Verification(cases={"own": 1.0}, equal_routes=0.5, never_seen={0: ["executed", "skipped"]})
     assert len(failures(everything)) == 4
 
 
@@ -68,6 +68,7 @@ def test_json_holds_what_was_found() -> None:
         "max_logit_difference": 1e-3,
         "or_error_to_double_relative_to_torch": 4.0,
         "equal_routes": 0.999,
+        "perplexity_change": 0.005,
     }
     assert {"max_logit_difference", "equal_routes", "perplexity_torch", "perplexity_onnx", "active_ratio"} < data.keys()
     result.failures.append("something")

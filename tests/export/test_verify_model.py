@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import NUM_TEXTS, Case, verification_cases
@@ -63,20 +64,19 @@ def assert_fails(result: Verification, *expected: str) -> None:
 
 def test_passes_what_was_exported(model: RoutedForCausalLM, folder: Path, cases: list[Case]) -> None:
     files = sorted(folder.iterdir())
-    result = verify_model(model, folder, cases)
+    result = verify_model(DepthSubject(model), folder, cases)
     assert result.passed
     assert result.max_logit_difference == max(result.cases.values()) < 1e-4
     assert result.cases.keys() == {*(case.name for case in cases), "as shipped"}
     assert result.equal_routes == 1.0
-    assert not result.never_executed
-    assert not result.never_skipped
+    assert not result.never_seen
     assert sorted(folder.iterdir()) == files
     assert model.hard_thresholds == [0.5, 0.5]
 
 
 @torch.no_grad()
 def test_counts_what_it_compared(model: RoutedForCausalLM, folder: Path, cases: list[Case]) -> None:
-    result = verify_model(model, folder, cases)
+    result = verify_model(DepthSubject(model), folder, cases)
     rows = [len(p) + len(d) for case in cases for p, d in zip(case.prefills, case.decodes, strict=True)]
     assert result.compared_tokens == sum(rows)
     assert result.compared_routes == sum(rows) * len(ROUTED_LAYERS)
@@ -104,7 +104,7 @@ def test_fails_where_a_weight_is_another(
     with (folder / weight.location).open("r+b") as data:
         data.seek(weight.offset or 0)
         data.write(np.float32(value).tobytes())
-    assert_fails(verify_model(model, folder, cases), NOT_EQUAL)
+    assert_fails(verify_model(DepthSubject(model), folder, cases), NOT_EQUAL)
 
 
 @pytest.mark.parametrize("stored", [[0.5, 0.51], [0.0, 0.0]])
@@ -116,15 +116,15 @@ def test_fails_where_the_stored_thresholds_are_others(
         threshold.CopyFrom(onnx.numpy_helper.from_array(np.array(stored, np.float32), "routing_threshold"))
 
     tamper(folder, change)
-    expected = "routing_threshold does not hold the thresholds that were asked for"
-    assert_fails(verify_model(model, folder, cases), expected)
+    expected = "routing_threshold does not hold what was asked for"
+    assert_fails(verify_model(DepthSubject(model), folder, cases), expected)
 
 
 def test_fails_where_thresholds_can_not_be_overridden(
     model: RoutedForCausalLM, folder: Path, cases: list[Case]
 ) -> None:
     tamper(folder, lambda graph: graph.input.pop())
-    assert_fails(verify_model(model, folder, cases), "2 thresholds for 0 routed layers.*")
+    assert_fails(verify_model(DepthSubject(model), folder, cases), "2 thresholds for 0 routed layers.*")
 
 
 @pytest.mark.parametrize("layer", ROUTED_LAYERS)
@@ -136,7 +136,7 @@ def test_fails_where_branches_are_swapped(
         first.name, second.name = second.name, first.name
 
     tamper(folder, change)
-    result = verify_model(model, folder, cases)
+    result = verify_model(DepthSubject(model), folder, cases)
     assert not result.passed
     assert re.fullmatch(NOT_EQUAL, result.failures[0])
 
@@ -153,7 +153,7 @@ def test_fails_where_an_if_always_takes_one_side(
         conditional(graph, layer).input[0] = "constant"
 
     tamper(folder, change)
-    result = verify_model(model, folder, cases)
+    result = verify_model(DepthSubject(model), folder, cases)
     assert not result.passed
     assert result.failures[-1] == f"the If of layer {layer} was never seen {side}"
     assert result.failures[-2].startswith("only ")
@@ -161,7 +161,7 @@ def test_fails_where_an_if_always_takes_one_side(
 
 def test_fails_where_a_layer_has_no_if(model: RoutedForCausalLM, folder: Path, cases: list[Case]) -> None:
     tamper(folder, lambda graph: setattr(conditional(graph, 2), "name", "other"))
-    assert_fails(verify_model(model, folder, cases), "layer 2 has no If of its own")
+    assert_fails(verify_model(DepthSubject(model), folder, cases), "layer 2 has no If of its own")
 
 
 def test_fails_where_the_artifact_tells_other_routes_than_it_takes(
@@ -172,7 +172,7 @@ def test_fails_where_the_artifact_tells_other_routes_than_it_takes(
         first.input[0], second.input[0] = second.input[0], first.input[0]
 
     tamper(folder, change)
-    assert_fails(verify_model(model, folder, cases), "only .* of the routes are equal, less than 99.9%")
+    assert_fails(verify_model(DepthSubject(model), folder, cases), "only .* of the routes are equal, less than 99.9%")
 
 
 @pytest.mark.parametrize(
@@ -191,5 +191,5 @@ def test_fails_where_a_file_is_not_whole(
         (folder / file).unlink()
     else:
         (folder / file).write_bytes((folder / file).read_bytes()[:keep])
-    assert_fails(verify_model(model, folder, cases), expected)
+    assert_fails(verify_model(DepthSubject(model), folder, cases), expected)
     assert not (folder / ".routing.onnx").exists()

@@ -1,0 +1,77 @@
+"""The verification of a model with depth gates: routes are whether a token was executed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from modcompile.export.compare_in_double import errors_to_double
+from modcompile.export.paired_steps import largest
+from modcompile.export.session import THRESHOLD_INPUT, Array, RoutedSession
+from modcompile.export.tell_routes import TellRoutes
+from modcompile.export.verification import Verification
+from modcompile.export.verification_inputs import Case
+from modcompile.modeling import RoutedForCausalLM
+
+
+class DepthSubject:
+    """For `verify_model`; each of its methods does what `Subject` says."""
+
+    def __init__(self, model: RoutedForCausalLM) -> None:
+        self._model = model
+        self._before = model.hard_thresholds
+        self._shipped: Array = np.zeros(0)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self._model(*inputs, **options)
+
+    @property
+    def branches(self) -> Mapping[int, Sequence[str]]:
+        return dict.fromkeys(self._model.routed_layers, ("skipped", "executed"))
+
+    def stored(self, case: Case) -> Mapping[str, Array]:
+        return {THRESHOLD_INPUT: np.asarray(case.thresholds, np.float32)}
+
+    def force(self, session: RoutedSession, case: Case) -> None:
+        self._model.set_router_mode(list(case.thresholds))
+        session.thresholds = case.thresholds
+
+    def restore(self) -> None:
+        self._model.set_router_mode(self._before)
+
+    def tell(self, model: ir.Model) -> None:
+        TellRoutes(self._model.routed_layers)(model)
+
+    def torch_routes(self, output: Any) -> Array:
+        return np.stack([gate.squeeze(-1).numpy() for gate in output.gates])
+
+    def onnx_routes(self, told: Mapping[str, Array], ids: Array) -> tuple[Array, list[int]]:
+        masks = [told[f"routing.{layer}"] for layer in self._model.routed_layers]
+        return np.stack(masks), [int(mask.any()) for mask in masks]
+
+    def measure_shipped(self, shipped: RoutedSession, case: Case, result: Verification) -> None:
+        self._shipped = _first_row_logits(shipped, case)
+
+    def compare_shipped(self, telling: RoutedSession, case: Case, result: Verification) -> None:
+        """The logits of the first row must be those of the graph that tells."""
+        telling.thresholds = case.thresholds
+        result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, case))
+
+    def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+        """Against float64."""
+        return errors_to_double(self, self._model, session, cases)
+
+    def usage(self, routes: Array, tokens: Array) -> float:
+        return float((routes & tokens).sum())
+
+    def record(self, result: Verification, spent: float) -> None:
+        result.active_ratio = spent
+
+
+def _first_row_logits(session: RoutedSession, case: Case) -> Array:
+    """Prefill and decode steps in one call."""
+    ids = np.array([case.prefills[0] + case.decodes[0]])
+    mask = np.ones_like(ids)
+    logits, _, _ = session.run(ids, mask, mask.cumsum(1) - 1, session.empty_cache(1))
+    return logits

@@ -1,0 +1,129 @@
+"""The verification of a model that chooses precisions: routes are the bits of each token.
+
+It has two parts, as rounding activations to 8 bits, which is what makes an artifact fast, amplifies the last digit of a
+float to a step of an integer: two sound runtimes (or one, with another order of sums) then differ as much as either
+does from the model without rounding. So the artifact's graph is compared with PyTorch logit by logit and route by route
+on activations that are not rounded; and the artifact as it is by its perplexity, with PyTorch rounding alike.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from modcompile.export.float_activations import FloatActivations
+from modcompile.export.session import BIAS_INPUT, THRESHOLD_INPUT, Array, RoutedSession
+from modcompile.export.tell_branches import TellBranches
+from modcompile.export.verification import Verification
+from modcompile.export.verification_inputs import Case
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+
+SHIPPED_LENGTH = 192
+"""Tokens of each row by which the perplexity of the artifact as it is is measured."""
+
+
+class PrecisionSubject:
+    """For `verify_model`; each of its methods does what `Subject` says."""
+
+    def __init__(
+        self, model: LayerwiseQuantizeForCausalLM, texts: Sequence[Sequence[int]], hard_threshold: float
+    ) -> None:
+        self._model = model
+        self._threshold = hard_threshold
+        longest = min(SHIPPED_LENGTH, getattr(model.config, "max_position_embeddings", None) or SHIPPED_LENGTH)
+        self._rows = [list(row[:longest]) for row in texts]
+        self._losses = (0.0, 0)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self._model.infer_forward(*inputs, **options)
+
+    @property
+    def branches(self) -> Mapping[int, Sequence[str]]:
+        of_tokens = self._model.router_config.router_scope == "token"
+        found = {}
+        for layer in self._model.routers:
+            names = [f"at {bits} bits" for bits in self._model.precisions]
+            if layer in self._model.depth_routers:
+                names.insert(0, "skipped")
+            if of_tokens and len(names) > 1:
+                names.append("with tokens of different bits")
+            found[layer] = names
+        return found
+
+    def stored(self, case: Case) -> Mapping[str, Array]:
+        held = {BIAS_INPUT: np.asarray(case.precision_bias, np.float32)}
+        return held | ({THRESHOLD_INPUT: np.asarray(case.thresholds, np.float32)} if case.thresholds else {})
+
+    def force(self, session: RoutedSession, case: Case) -> None:
+        self._model.set_precision_bias(torch.tensor(case.precision_bias))
+        session.set_precision_bias(case.precision_bias)
+        if case.thresholds:
+            self._model.set_hard_threshold(case.thresholds)
+            session.thresholds = case.thresholds
+
+    def restore(self) -> None:
+        self._model.set_precision_bias(None)
+        if self._model.depth_routers:
+            self._model.set_hard_threshold(self._threshold)
+
+    def tell(self, model: ir.Model) -> None:
+        choosing = {layer: len(names) for layer, names in self.branches.items() if len(names) > 1}
+        selecting = choosing if self._model.router_config.router_scope == "token" else self._model.depth_routers
+        ir.passes.Sequential(FloatActivations(), TellBranches(choosing, frozenset(selecting)))(model)
+
+    def torch_routes(self, output: Any) -> Array:
+        return np.stack([bits.numpy() for bits in output.num_bits])
+
+    def onnx_routes(self, told: Mapping[str, Array], ids: Array) -> tuple[Array, list[int]]:
+        routes, taken = [], []
+        for layer, names in self.branches.items():
+            skippable = layer in self._model.depth_routers
+            bits = np.array(([0] if skippable else []) + self._model.precisions)
+            branch = int(told[f"branch.{layer}"]) if len(names) > 1 else 0
+            selection = told[f"selection.{layer}"].squeeze(-1) if f"selection.{layer}" in told else np.ones_like(ids)
+            if branch == len(bits):
+                routes.append(bits[selection])
+            else:
+                executed = selection.astype(bool) if selection.dtype == bool else np.ones(ids.shape, bool)
+                routes.append(np.where(executed, bits[branch], 0))
+            taken.append(branch)
+        return np.stack(routes), taken
+
+    def measure_shipped(self, shipped: RoutedSession, case: Case, result: Verification) -> None:
+        """The cross-entropy of longer rows, as the artifact is."""
+        total, count = 0.0, 0
+        for row in self._rows:
+            ids = np.array([row])
+            mask = np.ones_like(ids)
+            logits, _, _ = shipped.run(ids, mask, mask.cumsum(1) - 1, shipped.empty_cache(1))
+            loss, predicted = _loss(torch.from_numpy(logits), row)
+            total, count = total + loss, count + predicted
+        self._losses = total, count
+
+    def compare_shipped(self, telling: RoutedSession, case: Case, result: Verification) -> None:
+        """The same in PyTorch, rounding alike."""
+        self._model.round_activations(enabled=True)
+        total = sum(_loss(self._model.infer_forward(torch.tensor([row])).logits, row)[0] for row in self._rows)
+        self._model.round_activations(enabled=False)
+        shipped, count = self._losses
+        result.perplexity_rounded = {"torch": math.exp(total / count), "onnx": math.exp(shipped / count)}
+
+    def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+        """None."""
+        return {}
+
+    def usage(self, routes: Array, tokens: Array) -> float:
+        return float(routes[:, tokens].sum())
+
+    def record(self, result: Verification, spent: float) -> None:
+        result.average_bits = spent
+
+
+def _loss(logits: torch.Tensor | None, row: list[int]) -> tuple[float, int]:
+    """Summed over the predicted tokens, and how many there are."""
+    assert logits is not None
+    targets = torch.tensor(row[1:])
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], targets, reduction="sum")), len(targets)

@@ -1,0 +1,51 @@
+"""Multiply by quantized weights as ONNX Runtime does on a CPU: with activations rounded to 8 bits.
+
+Before::
+
+    y = linear(x, self.w)
+
+After::
+
+    y = linear(round_to_int8(x, group_size), self.w)
+
+`MatMulNBits` at accuracy level 4 rounds each run of `group_size` features to 255 steps of its own, and then multiplies
+whole numbers. So does this, but for the order of sums: it tells what an artifact computes to the last digits.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from modcompile.passes.find_linears import find_linears
+from modcompile.passes.outlined_form import copy_graph
+
+_LARGEST = 127
+
+
+def round_to_int8(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Each run of `group_size` values of the last dimension, rounded to multiples of its largest magnitude / 127."""
+    size = x.shape[-1]
+    groups = functional.pad(x, (0, -size % group_size)).unflatten(-1, (-1, group_size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, _LARGEST / largest, 0)
+    rounded: torch.Tensor = (groups * inverse).round() * (largest / _LARGEST)
+    return rounded.flatten(-2)[..., :size]
+
+
+def round_activations(block: fx.GraphModule, weights: Collection[str], group_size: int) -> fx.GraphModule:
+    """Return the block with rounded inputs of the products with `weights`, named as the block's parameters.
+
+    Keeps equal: everything, but for the rounding.
+    """
+    graph, outputs = copy_graph(block)
+    graph.output(outputs)
+    rounded: dict[fx.Node, fx.Node] = {}
+    for use in find_linears(graph):
+        if str(use.weight.target) in weights:
+            if use.x not in rounded:
+                with graph.inserting_before(use.node):
+                    rounded[use.x] = graph.call_function(round_to_int8, (use.x, group_size))
+            use.node.replace_input_with(use.x, rounded[use.x])
+    return fx.GraphModule(block, graph)
