@@ -6,6 +6,7 @@
     routers.safetensors       parameters of the routers, `routers.{layer}.{name}`
     router_config.json        which layers are routed, by what, how trained; the format's version
     report.json               what was done and measured
+    training_history.png      losses and the active ratio over the steps of a training
     onnx/                     what `export` makes of it
 
 The routed graph itself is not stored: it is traced again in seconds, by whichever version of torch reads the folder.
@@ -48,7 +49,8 @@ def is_routed_folder(folder: Path) -> bool:
 def base_files(folder: Path) -> list[Path]:
     """The files of the untouched base in a routed folder: configuration, tokenizer, weights."""
     ours = (ROUTERS, ROUTER_CONFIG, REPORT, "training_args.bin", "trainer_state.json")
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.name not in ours)
+    files = [file for file in folder.iterdir() if file.is_file() and file.suffix != ".png"]  # plots are ours, too
+    return sorted(file for file in files if file.name not in ours)
 
 
 def load_with_routers(

@@ -1,6 +1,5 @@
 """What a model of several precisions scores on a text, and at how many bits: fixed, routed, statically allocated."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.precision_sensitivity import measure_block_sensitivity
+from modcompile.precision_usage import PrecisionUsage, mean_bits
 from modcompile.static_allocation import Allocation, Sensitivity, allocation_at, greedy_allocations
 from modcompile.text_loss import TextLoss, batches, count_predicted_tokens, summed_loss
 from modcompile.tracing import eval_mode
@@ -32,7 +32,7 @@ class PrecisionMeasurement(TextLoss):
     @property
     def average_bits_per_block(self) -> list[float]:
         """The mean over tokens."""
-        return [sum(bits * share for bits, share in by_bits.items()) for by_bits in self.shares]
+        return [mean_bits(by_bits) for by_bits in self.shares]
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,15 @@ def _measure(
     bar: "tqdm[Any]",
 ) -> PrecisionMeasurement:
     model.fix_precision(num_bits)
-    loss, counts = 0.0, list[Counter[int]]()
+    loss, usage = 0.0, PrecisionUsage()
     # One sequence a call: of several, all are computed with the most bits that one of them chose.
     for batch in batches(blocks, 1, model.device):
         output = model.infer_forward(batch["input_ids"], batch["attention_mask"], use_cache=False)
         assert output.logits is not None and output.num_bits is not None and output.tokens is not None
         loss += summed_loss(output.logits, batch["labels"])
-        counts = counts or [Counter() for _ in output.num_bits]
-        for count, chosen in zip(counts, output.num_bits, strict=True):
-            count.update(chosen[output.tokens].tolist())
+        usage.update(output.num_bits, output.tokens)
         bar.update()
-    shares = tuple({bits: count[bits] / count.total() for bits in sorted(count)} for count in counts)
-    return PrecisionMeasurement(loss / predicted, shares)
+    return PrecisionMeasurement(loss / predicted, usage.shares)
 
 
 def _bar(description: str, measurements: int, blocks: Dataset) -> "tqdm[Any]":

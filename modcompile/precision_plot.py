@@ -3,14 +3,12 @@
 import math
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from modcompile.durable_files import replace_file
-from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement
+from modcompile.choices_plot import draw_choices
+from modcompile.png_files import write_png
+from modcompile.precision_evaluation import PrecisionEvaluation
 
 _LOG_SPAN = 3.0
 """How many times the least perplexity the greatest must be for a logarithmic axis."""
@@ -22,8 +20,7 @@ def plot_precisions(evaluation: PrecisionEvaluation, path: Path) -> None:
     Raises:
         OutputError: it can't be written; what was there before still is.
     """
-    figure = draw_precisions(evaluation)
-    replace_file(path, lambda staging: FigureCanvasAgg(figure).print_png(staging))
+    write_png(draw_precisions(evaluation), path)
 
 
 def draw_precisions(evaluation: PrecisionEvaluation) -> Figure:
@@ -31,7 +28,7 @@ def draw_precisions(evaluation: PrecisionEvaluation) -> Figure:
     figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
     quality, choices = figure.subplots(1, 2)
     _draw_quality(quality, evaluation)
-    _draw_choices(choices, evaluation.router)
+    draw_choices(choices, evaluation.router.shares)
     return figure
 
 
@@ -53,25 +50,3 @@ def _draw_quality(axes: Axes, evaluation: PrecisionEvaluation) -> None:
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def _draw_choices(axes: Axes, router: PrecisionMeasurement) -> None:
-    layers = range(len(router.shares))
-    used = sorted({bits for by_bits in router.shares for bits in by_bits})
-    bottom = [0.0] * len(layers)
-    for bits, color in zip(used, _colors(len(used)), strict=True):
-        heights = [by_bits.get(bits, 0.0) for by_bits in router.shares]
-        axes.bar(layers, heights, bottom=bottom, color=color, label=f"{bits} bits" if bits else "skipped")
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axes.set_xlabel("block")
-    axes.set_ylabel("share of tokens, by the router's choice")
-    axes.set_ylim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # Above the bars, which leave no room.
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(used), frameon=False)
-
-
-def _colors(count: int) -> list[tuple[float, float, float, float]]:
-    """From light to dark."""
-    blues = matplotlib.colormaps["Blues"]
-    return [blues(0.3 + 0.6 * index / max(count - 1, 1)) for index in range(count)]

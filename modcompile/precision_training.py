@@ -12,6 +12,7 @@ from modcompile.artifacts import load_depth_routers, save_depth_routers
 from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.objective import Budget, Objective, bits_budget, depth_budget
+from modcompile.precision_choices import chosen_bits
 from modcompile.precision_config import PrecisionBudgetConfig, PrecisionRouterConfig
 from modcompile.precision_router_files import load_precision_routers, save_precision_routers
 from modcompile.quantized_folder import copy_quantized_folder
@@ -75,6 +76,7 @@ def precision_task(
         partial(_save, model),
         partial(_load, model),
         _describe(model),
+        partial(chosen_bits, precisions=model.precisions),
     )
 
 

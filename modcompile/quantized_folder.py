@@ -8,6 +8,14 @@
     quantization_config.json   which precisions, how; the format's version, the names of the weights
     report.json                what was done and measured
 
+A training in it adds, and an evaluation::
+
+    precision_routers.safetensors             routers of precisions (`modcompile.precision_router_files`)
+    routers.safetensors, router_config.json   those of depth gates, as in a routed folder (`modcompile.artifacts`)
+    training_history.png                      loss and average bits (and the active ratio) over its steps
+    training_choices.png                      which share of tokens each block computed with how many bits in the end
+    precisions.png                            perplexity against bits, and the same of the evaluation's text
+
 A part completes the precision that it is named after (`modcompile.precisions`). Weights are `[out, in]` here, also
 where the base has them the other way round (`transposed` in the configuration).
 """
@@ -95,14 +103,14 @@ def write_quantized_folder(
 
 
 def copy_quantized_folder(source: Path, folder: Path, *, overwrite: bool = False) -> None:
-    """Copy a folder of `modcompile.quantize` with its routers, and what is told of its making.
+    """Copy a folder of `modcompile.quantize` with its routers, and what is told of its making; plots are left out.
 
     Raises:
         OutputError: the folder can't be written, or holds something that is not ours to replace.
     """
     with staged_folder(folder, overwrite=overwrite, is_ours=is_quantized_folder) as staging:
         for file in source.iterdir():
-            if file.is_file():
+            if file.is_file() and file.suffix != ".png":
                 shutil.copyfile(file, staging / file.name)
 
 

@@ -1,10 +1,11 @@
 """What a training of routers has to know of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from modcompile.objective import Objective
@@ -25,3 +26,5 @@ class RouterTask:
     """Fills the routers from such a folder."""
     description: str
     """One line: what is trained, and how small it is."""
+    chosen_bits: Callable[[Any], Sequence[torch.Tensor]] | None = None
+    """From an output of `evaluated` to the bits of every block, int64 `[B, T]`; None where they have no choice."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from modcompile.precision_usage import PrecisionUsage
 from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
 
@@ -21,6 +22,8 @@ class RouterTrainer(Trainer):
     The loss is that of the task's objective; what its budgets limit are means over routed layers and tokens that are
     not padding. Accumulated batches give the gradient of one large batch, as long as each is on the same side of a
     budget's target: a batch can't see the means of the others.
+
+    `choices` are those of the routers of precisions in the last evaluation, if the task has some.
     """
 
     def __init__(self, task: RouterTask, **kwargs: Any) -> None:
@@ -29,6 +32,7 @@ class RouterTrainer(Trainer):
         names = [name for budget in task.objective.budgets for name in (budget.name, budget.penalty_name)]
         self._training = RoutingTotals(names)
         self._evaluation = RoutingTotals(names)
+        self.choices = PrecisionUsage()
         self._tokens_of_update = torch.ones(())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:
@@ -63,6 +67,8 @@ class RouterTrainer(Trainer):
             summed |= {budget.name: spent, budget.penalty_name: penalty * tokens}
         totals = self._training if model.training else self._evaluation
         totals.add(summed_loss, predicted, tokens, summed)
+        if not model.training and self._task.chosen_bits is not None:
+            self.choices.update(self._task.chosen_bits(output), output.tokens)
         lm_weight = self._task.objective.lm_weight
         if model.training and num_items_in_batch is not None:
             share = tokens / self._tokens_of_update
@@ -80,6 +86,7 @@ class RouterTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The same metrics and the perplexity, of all tokens together: the batch size makes no difference."""
         self._evaluation.take()
+        self.choices = PrecisionUsage()
         output = super().evaluation_loop(*args, **kwargs)
         means = self._evaluation.take()
         means["loss"] = self._task.objective.lm_weight * means["lm_loss"]

@@ -19,6 +19,7 @@ from modcompile.share_of_parameters import share_of_parameters
 from modcompile.trainer import RouterTrainer
 from modcompile.training_arguments import RouterTrainingArguments
 from modcompile.training_checkpoints import find_training_checkpoint, training_checkpoints
+from modcompile.training_plots import plot_training
 
 
 def load_training_blocks(
@@ -89,5 +90,8 @@ def train_routers(
         update_report(output, "training", report)
     metrics = {**result.metrics, **trainer.evaluate()}
     if trainer.is_world_process_zero():
-        update_report(output, "training", {**report, "metrics": metrics, "history": trainer.state.log_history})
+        history, shares = trainer.state.log_history, trainer.choices.shares
+        report |= {"metrics": metrics, "history": history} | ({"shares_per_layer": shares} if shares else {})
+        update_report(output, "training", report)
+        plot_training(history, task.objective.budgets, shares, output)
     return metrics

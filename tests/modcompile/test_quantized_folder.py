@@ -12,6 +12,7 @@ from modcompile.errors import ArtifactError, CheckpointError, ConfigError, Modco
 from modcompile.precision_config import QuantizationConfig
 from modcompile.quantized_folder import (
     QuantizedCheckpoint,
+    copy_quantized_folder,
     is_quantized_folder,
     read_quantized_folder,
     write_quantized_folder,
@@ -201,3 +202,13 @@ def test_says_what_is_wrong_with_a_folder(copied: Path, damage: Any, error: type
     damage(copied)
     with pytest.raises(error, match=says):
         read_quantized_folder(copied)
+
+
+def test_copies_all_but_plots_and_checkpoints(copied: Path, tmp_path: Path) -> None:
+    (copied / "precision_routers.safetensors").write_text("routers")
+    expected = contents(copied)
+    (copied / "training_choices.png").touch()
+    (copied / "checkpoint-3").mkdir()
+    (copied / "checkpoint-3" / "file").touch()
+    copy_quantized_folder(copied, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == expected

@@ -89,7 +89,9 @@ def test_trains_a_routed_folder_in_place(routed_folder: Path, data: list[str], t
     before = contents(folder)
     main(["--model_name_or_path", "mine", *data])
     after = contents(folder)
-    assert {name for name in after if after[name] != before.get(name)} == {"routers.safetensors", "report.json"}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        *("routers.safetensors", "report.json", "training_history.png")
+    }
 
 
 def test_trains_in_place_in_the_current_folder(

@@ -21,7 +21,7 @@ from modcompile.training_arguments import RouterTrainingArguments
 from tests.folder_contents import contents
 
 _DEPTH = DepthTraining(BudgetConfig(router_lambda=2.0, target_active_ratio=0.1))
-_RESULTS = {"routers.safetensors", "report.json"}
+_RESULTS = {"routers.safetensors", "report.json", "training_history.png"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_trains_in_a_copy(folder: Path, blocks: DatasetDict, tmp_path: Path) -> 
     assert contents(folder) == before
     after = contents(tmp_path / "out")
     assert {name for name in after if after[name] != before.get(name)} == _RESULTS
-    assert set(after) == set(before)
+    assert set(after) == set(before) | {"training_history.png"}
     assert set(read_report(tmp_path / "out")) == {"rewrite", "training"}
 
 

@@ -1,0 +1,52 @@
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from modcompile.errors import ArtifactError
+from modcompile.export.build_model import build_model
+from modcompile.export.session import MODEL_FILE
+from modcompile.generate import main
+from modcompile.generate_onnx import find_onnx_folder
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.precision_config import QuantizationConfig
+from modcompile.quantized_folder import write_quantized_folder
+from modcompile.quantizing import quantize_base
+from tests.tiny_routed import tiny_base
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized folder with its export; not to be changed. Its routers, untrained, choose the original weights."""
+    path = tmp_path_factory.mktemp("quantized") / "tiny"
+    write_quantized_folder(
+        quantize_base(tiny_base(), QuantizationConfig(precisions=[4, 16], group_size=32)), tokenizer, path
+    )
+    model = LayerwiseQuantizeForCausalLM.from_quantized(path)
+    (path / "onnx").mkdir()
+    ir.save(build_model(model.export_graph()), path / "onnx" / MODEL_FILE)
+    for file in path.glob("*.json"):
+        shutil.copyfile(file, path / "onnx" / file.name)
+    return path
+
+
+def test_a_quantized_folder_prints_as_in_torch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for runtime in ("torch", "onnx"):
+        main([str(folder), "--prompt", "Names refer to", "--max_new_tokens", "12", "--runtime", runtime])
+        printed.append(capsys.readouterr().out)
+    assert len(printed[0]) > len("Names refer to") + 10
+    assert printed[1] == printed[0]
+
+
+def test_without_an_export_it_says_how_to_make_one(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    shutil.rmtree(own / "onnx")
+    with pytest.raises(ArtifactError, match=r"own has no model\.onnx, .*; run python -m modcompile\.export .*own$"):
+        main([str(own), "--prompt", "Names", "--runtime", "onnx"])
+
+
+def test_an_exported_folder_is_found_in_its_source_or_by_itself(folder: Path) -> None:
+    assert find_onnx_folder(folder) == find_onnx_folder(folder / "onnx") == folder / "onnx"
