@@ -18,7 +18,7 @@ from modcompile.config import RouterConfig, check_threshold
 from modcompile.errors import ConfigError
 from modcompile.gradient_checkpointing import checkpoint_blocks
 from modcompile.graph_inputs import graph_inputs, updated_cache
-from modcompile.passes import choose_precision, insert_depth_gates, insert_precision_branches
+from modcompile.passes import choose_precision, insert_precision_branches
 from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
 from modcompile.precision_config import PrecisionRouterConfig
@@ -298,10 +298,15 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
             mixing = self.router_config.precision_mixing
             # With keys and values where these are mixed, too: each token's as it chose.
             dense = trace_outlined(self.base, use_cache=self.router_config.router_scope == "token")
-            branches, routers = self._weights.branches(dense), dict[int, nn.Module](self.routers)
-            graph = insert_precision_branches(dense, branches, routers, self._mixer, sampled=mixing == "sampled")
-            if self.depth_config is not None:
-                graph = insert_depth_gates(graph, self.depth_routers, make_gate(self.depth_config))
+            graph = insert_precision_branches(
+                dense,
+                self._weights.branches(dense),
+                self.routers,
+                self._mixer,
+                sampled=mixing == "sampled",
+                depth_routers=self.depth_routers,
+                gate=None if self.depth_config is None else make_gate(self.depth_config),
+            )
             self._train_graph = graph.train(self.training)
         return self._train_graph
 

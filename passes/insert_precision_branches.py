@@ -17,9 +17,11 @@ where blocks.i is now, with P branches, and S = 1 for weights of whole sequences
 
     branches:  y_k = branch_k(hidden, *shared);  precision_weights[…, 0] * y_0 + precision_weights[…, 1] * y_1 + …
 
-and the weights of the routed blocks are the last outputs of the graph, in the order of the layers. In a graph with keys
-and values these are mixed likewise, and attended to as they are mixed (`mix_branches`): with weights of tokens that is
-what `choose_precision` does. Without them, each branch attends to its own. It is the form for training.
+and the weights of the routed blocks are the last outputs of the graph, in the order of the layers. A block that also
+has a depth gate has as its first branch one that is skipped, of weight `1 - gate`, and the gates `[B, T, 1]` come after
+the weights. In a graph with keys and values these are mixed likewise, and attended to as they are mixed
+(`mix_branches`): with weights of tokens that is what `choose_precision` does. Without them, each branch attends to its
+own. It is the form for training.
 """
 
 import operator
@@ -32,6 +34,7 @@ from modcompile.passes.decide_precision import token_mask_of, token_weights_of
 from modcompile.passes.mix_branches import WeightedSum, mix_branches
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, num_outputs, results
 from modcompile.passes.sampled_branches import SampledBranches
+from modcompile.passes.skip_block import skip_block
 
 
 class TokenWeights(nn.Module):
@@ -48,11 +51,14 @@ def insert_precision_branches(
     mixer: nn.Module,
     *,
     sampled: bool = False,
+    depth_routers: Mapping[int, nn.Module] | None = None,
+    gate: nn.Module | None = None,
 ) -> fx.GraphModule:
     """Return the outlined form with mixed blocks at the layers that are keys of `branches`.
 
     `branches[i]` are versions of block i by their bits, in the order of the router's logits. Where they are `sampled`,
-    one of them runs in a training step (`sampled_branches`).
+    one of them runs in a training step (`sampled_branches`). `depth_routers`, for some of these layers, and `gate` give
+    them a depth gate each.
 
     Keeps equal: where the mixer chooses one branch alone, the graph with that branch in the place of the block.
     """
@@ -62,31 +68,49 @@ def insert_precision_branches(
     input_ids, attention_mask, *_, last = graph.find_nodes(op="placeholder")
     with graph.inserting_after(last):
         token_weights = graph.call_module("token_weights", (input_ids, attention_mask))
-    weights = []
+    weights, gates = [], []
     for index, call in enumerate(block_calls(graph)):
         if index not in branches:
             continue
         values = results(call)
         call.args = (*call.args, token_weights)
-        modules[str(call.target)] = _mixed_block(list(branches[index].values()), routers[index], mixer, sampled=sampled)
+        versions = list(branches[index].values())
+        deciding = {"router": routers[index], "mixer": mixer}
+        if depth_routers and index in depth_routers:
+            assert gate is not None
+            deciding |= {"depth_router": depth_routers[index], "gate": gate}
+        modules[str(call.target)] = _mixed_block(versions, deciding, sampled=sampled)
         with graph.inserting_after(values[-1]):
             weights.append(graph.call_function(operator.getitem, (call, len(values))))
-    graph.output((*outputs, *weights))
+        if "gate" in deciding:
+            with graph.inserting_after(weights[-1]):
+                gates.append(graph.call_function(operator.getitem, (call, len(values) + 1)))
+    graph.output((*outputs, *weights, *gates))
     graph.lint()
     return fx.GraphModule(modules, graph)
 
 
-def _mixed_block(
-    branches: list[fx.GraphModule], router: nn.Module, mixer: nn.Module, *, sampled: bool
-) -> fx.GraphModule:
-    mixed = mix_branches(branches, WeightedSum())
+def gated_weights(weights: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """From `[B, S, P]` and the gate `[B, T, 1]` to `[B, T, P + 1]`: what is skipped comes first."""
+    return torch.cat([1 - gate, gate * weights], -1)
+
+
+def _mixed_block(branches: list[fx.GraphModule], deciding: dict[str, nn.Module], *, sampled: bool) -> fx.GraphModule:
+    gated = "gate" in deciding
+    versions = [skip_block(branches[0]), *branches] if gated else branches
+    mixed = mix_branches(versions, WeightedSum())
     *taken, _ = mixed.graph.find_nodes(op="placeholder")
     graph = fx.Graph()
     inputs = [graph.placeholder(node.name) for node in taken]
     token_weights = graph.placeholder("token_weights")
     router_logits = graph.call_module("router", (inputs[0], token_weights))
     weights = graph.call_module("mixer", (router_logits,))
-    values = getitems(graph.call_module("branches", (*inputs, weights)), num_outputs(mixed))
-    graph.output((*values, weights))
-    called = SampledBranches(branches, mixed) if sampled else mixed
-    return fx.GraphModule({"router": router, "mixer": mixer, "branches": called}, graph)
+    decided, shares = [weights], weights
+    if gated:
+        depth_logits = graph.call_module("depth_router", (inputs[0],))
+        decided.append(graph.call_module("gate", (depth_logits,)))
+        shares = graph.call_function(gated_weights, tuple(decided))
+    values = getitems(graph.call_module("branches", (*inputs, shares)), num_outputs(mixed))
+    graph.output((*values, *decided))
+    called = SampledBranches(versions, mixed) if sampled else mixed
+    return fx.GraphModule(deciding | {"branches": called}, graph)

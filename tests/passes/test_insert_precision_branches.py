@@ -134,3 +134,48 @@ def test_sampled_one_branch_of_each_block_runs(dense: fx.GraphModule, model: Pre
     torch.testing.assert_close(logits, with_blocks(dense, drawn)(*inputs.tokens)[0], rtol=0, atol=0)
     logits.square().mean().backward()
     assert all(router.logits.grad is not None and bool(router.logits.grad.any()) for router in routers.values())
+
+
+class _Score(nn.Module):
+    """Depth logits: some of the tokens are open, by whichever channel tells them apart."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden - hidden.mean(-1, keepdim=True))[..., 4:6].diff()
+
+
+class _Hard(nn.Module):
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits > 0).float()
+
+
+@pytest.mark.parametrize("for_tokens", [False, True])
+@torch.no_grad()
+def test_with_gates_it_is_what_is_chosen_with_gates(
+    outlined: fx.GraphModule, dense: fx.GraphModule, model: PreTrainedModel, *, for_tokens: bool
+) -> None:
+    graph = outlined if for_tokens else dense
+    inputs = make_inputs(model, 2 if for_tokens else 1, 6, 0, "left" if for_tokens else "none", 0)
+    routers = {layer: _OfEachToken() if for_tokens else _Fixed(1.0, 3.0, 2.0) for layer in _LAYERS}
+    depth = {2: _Score()}
+    mixed = insert_precision_branches(
+        graph,
+        {layer: branches_of(graph, layer) for layer in _LAYERS},
+        routers,
+        _Largest(),
+        depth_routers=depth,
+        gate=_Hard(),
+    )
+    chosen = choose_precision(
+        outlined,
+        {layer: branches_of(outlined, layer) for layer in _LAYERS},
+        routers,
+        for_tokens=for_tokens,
+        depth_routers=depth,
+    )
+    logits, *rest = mixed(*(inputs.flat if for_tokens else inputs.tokens))
+    expected, *others = chosen(*inputs.flat)
+    torch.testing.assert_close(inputs.at_tokens([logits]), inputs.at_tokens([expected]), rtol=1e-4, atol=1e-4)
+    first, last, gate = rest[-3:]
+    assert first.shape[-1] == last.shape[-1] == 3
+    assert 0 < int(gate[inputs.is_token].sum()) < int(inputs.is_token.sum())
+    assert torch.equal((others[-1] > 0)[inputs.is_token], (gate.squeeze(-1) > 0)[inputs.is_token])
