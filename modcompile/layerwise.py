@@ -189,9 +189,17 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
             tokens=inputs[1][:, -input_ids.shape[1] :] != 0,
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> PrecisionCausalLMOutput:
+    # The HF Trainer reads from the names which columns of a data set to pass.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PrecisionCausalLMOutput:
         """`infer_forward`, or `train_forward` in training mode."""
-        return self.train_forward(*args, **kwargs) if self.training else self.infer_forward(*args, **kwargs)
+        called = self.train_forward if self.training else self.infer_forward
+        return called(input_ids, attention_mask, labels=labels, **kwargs)
 
     def export_graph(self) -> fx.GraphModule:
         """The graph of `infer_forward` on the codes themselves, for `modcompile.export.build_model`.

@@ -1,6 +1,6 @@
 """What routers are trained for: the language model's loss, and budgets of what it may spend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ def depth_budget(config: BudgetConfig) -> Budget:
         config.router_lambda,
         config.target_active_ratio,
         1.0,
-        lambda output: active_tokens(output.gates, output.tokens).mean(),
+        lambda output: _active_tokens(output).mean(),
     )
 
 
@@ -64,7 +64,7 @@ def bits_budget(config: PrecisionBudgetConfig, precisions: list[int]) -> Budget:
 
 
 def expected_bits(output: Any, num_bits: torch.Tensor) -> torch.Tensor:
-    """`[L]`: for each layer the bits of `num_bits [P]`, weighted by its router, summed over tokens.
+    """`[L]`: for each layer the bits of `num_bits` (float32 `[P]`), weighted by its router, summed over tokens.
 
     `output` is that of `train_forward`. Closed gates count as 0 bits; padding does not count.
     """
@@ -75,3 +75,9 @@ def expected_bits(output: Any, num_bits: torch.Tensor) -> torch.Tensor:
     for layer, gate in (output.gates or {}).items():
         by_layer[layer] = by_layer[layer] * gate.squeeze(-1).float()
     return torch.stack([(bits * tokens).sum() for bits in by_layer])
+
+
+def _active_tokens(output: Any) -> torch.Tensor:
+    """`[R]`; models with precisions name the layers of their gates, as not all of their layers have one."""
+    gates = output.gates
+    return active_tokens(list(gates.values()) if isinstance(gates, Mapping) else gates, output.tokens)
