@@ -18,7 +18,7 @@ from modcompile.versioned_json import parse_versioned, versioned
 
 FORMAT_VERSION = 1
 PRECISION_ROUTERS = "precision_routers.safetensors"
-_AGAIN = "run modcompile.train again"
+_AGAIN = "remove it and run modcompile.train again"
 
 
 def has_precision_routers(folder: Path) -> bool:

@@ -8,13 +8,18 @@ from typing import Any, Literal
 
 import torch
 
-from modcompile.artifacts import load_depth_routers, save_depth_routers
+from modcompile.artifacts import is_routed_folder, load_depth_routers, read_router_config, save_depth_routers
 from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.errors import ConfigError
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.objective import Budget, Objective, bits_budget, depth_budget
 from modcompile.precision_choices import chosen_bits
 from modcompile.precision_config import PrecisionBudgetConfig, PrecisionRouterConfig
-from modcompile.precision_router_files import load_precision_routers, save_precision_routers
+from modcompile.precision_router_files import (
+    load_precision_routers,
+    read_precision_router_config,
+    save_precision_routers,
+)
 from modcompile.quantized_folder import copy_quantized_folder
 from modcompile.router_task import RouterTask
 from modcompile.share_of_parameters import describe_share
@@ -87,6 +92,14 @@ def _save(model: LayerwiseQuantizeForCausalLM, folder: Path) -> None:
 
 
 def _load(model: LayerwiseQuantizeForCausalLM, folder: Path) -> None:
+    config, precisions = read_precision_router_config(folder)
+    depth = read_router_config(folder) if is_routed_folder(folder) else None
+    if (config, precisions, depth) != (model.router_config, model.precisions, model.depth_config):
+        # Their shapes may be the same.
+        raise ConfigError(
+            f"{folder} holds other routers than are trained here: of {' '.join(map(str, precisions))} bits, {config}, "
+            f"depth gates {depth}; give the flags of its training"
+        )
     if model.depth_config is not None:
         load_depth_routers(model.depth_routers, folder)
     load_precision_routers(model.routers, folder, model.precisions, model.precisions)

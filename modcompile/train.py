@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if precision.precisions is not None or holds_precisions(Path(given)):
         output = train_precisions(given, precision, rounding, bits, router, budget, data, training)
     else:
-        if precision != PrecisionFlags():
+        if (precision, rounding, bits) != (PrecisionFlags(), RoundingConfig(), PrecisionBudgetConfig()):
             raise ConfigError(
                 f"{given} is not quantized, so there is no precision to choose; give --precisions to quantize it"
             )

@@ -1,7 +1,7 @@
 """Train routers of precisions from the command line: find the quantized folder, or make it, and train in it."""
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from modcompile.artifacts import ROUTER_CONFIG, ROUTERS, is_routed_folder
@@ -10,7 +10,7 @@ from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.config import BudgetConfig, RouterConfig, check_choice
 from modcompile.data import DataConfig
-from modcompile.errors import OutputError
+from modcompile.errors import ConfigError, OutputError
 from modcompile.output_folder import check_writable_target
 from modcompile.precision_config import (
     PrecisionBudgetConfig,
@@ -24,8 +24,10 @@ from modcompile.precision_router_files import has_precision_routers, read_precis
 from modcompile.precision_training import PrecisionTraining, TrainedRouters
 from modcompile.quantized_folder import is_quantized_folder, write_quantized_folder
 from modcompile.quantizing import quantize_base
+from modcompile.tracing import find_layers
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
+from modcompile.training_checkpoints import training_checkpoints
 
 
 @dataclass(frozen=True)
@@ -72,31 +74,31 @@ def train_precisions(
     Raises:
         ModcompileError: the model, the data or the output folder can't be used.
     """
-    given, overwrite = Path(model), training.overwrite_output_dir
+    given, overwrite, resumes = Path(model), training.overwrite_output_dir, training.resume_from_checkpoint is not None
     quantized = holds_precisions(given)
     source = find_checkpoint(str(given.resolve()) if given.is_dir() else model)
     default = given if quantized else Path(f"{source.name}-quantized")
-    folder = output = training.output_or(default)
+    output = training.output_or(default)
+    folder = given if quantized and not resumes else output
+    _check_used(given, folder, flags, rounding, router, quantized=quantized)
     routers: PrecisionRouterConfig | None = PrecisionRouterConfig(
         flags.router_scope, flags.precision_mixing, router.router_dropout
     )
-    kept = given if quantized else output
-    if has_precision_routers(kept) and routers in (PrecisionRouterConfig(), read_precision_router_config(kept)[0]):
+    if not resumes:
+        _check_target(given, output, quantized=quantized, overwrite=overwrite)
+    # What an output folder holds of a model that is quantized now is replaced.
+    goes_on = (quantized or resumes) and has_precision_routers(folder)
+    if goes_on and routers in (PrecisionRouterConfig(), read_precision_router_config(folder)[0]):
         routers = None
-    if training.resume_from_checkpoint is None:
-        if not (quantized and output.resolve() == given.resolve()):
-            check_writable_target(output, overwrite=overwrite, is_ours=is_quantized_folder)
-        if has_precision_routers(output) and not overwrite:
-            raise OutputError(
-                f"{output} holds trained routers; choose another --output_dir or pass --overwrite_output_dir"
-            )
-        folder = given if quantized else output
     tokenizer = load_tokenizer(source)
     blocks = load_training_blocks(data, tokenizer, load_config(source, fetch_checkpoint(source)))
-    if training.resume_from_checkpoint is None and not quantized:
+    if not (quantized or resumes):
         assert flags.precisions is not None
         config = QuantizationConfig(**asdict(rounding), precisions=flags.precisions)
-        write_quantized_folder(quantize_base(load_base(source), config), tokenizer, output, overwrite=overwrite)
+        base = load_base(source)
+        if flags.route_depth:
+            router.routed_layers(len(find_layers(base)))  # refused before anything is written
+        write_quantized_folder(quantize_base(base, config), tokenizer, output, overwrite=overwrite)
         if is_routed_folder(given):
             for name in (ROUTERS, ROUTER_CONFIG):
                 shutil.copyfile(given / name, output / name)
@@ -105,3 +107,29 @@ def train_precisions(
     )
     train_routers(folder, output, blocks, kind, training)
     return output
+
+
+def _check_used(
+    given: Path, folder: Path, flags: PrecisionFlags, rounding: RoundingConfig, router: RouterConfig, *, quantized: bool
+) -> None:
+    """Refuse flags that would change nothing: not a surprise after the training."""
+    if quantized and rounding != RoundingConfig():
+        raise ConfigError(f"{given} is quantized already; leave the flags of quantization out, or start from the model")
+    if flags.route_depth:
+        return
+    if replace(router, router_dropout=0.0) != RouterConfig():
+        raise ConfigError("the flags of depth gates make new ones; give --route_depth too, or leave them out")
+    if flags.trained_routers == "depth" and not (is_routed_folder(folder) or is_routed_folder(given)):
+        raise ConfigError(
+            f"--trained_routers is 'depth', but {given} has no depth gates; give --route_depth to add some"
+        )
+
+
+def _check_target(given: Path, output: Path, *, quantized: bool, overwrite: bool) -> None:
+    """Refuse, before any work, to replace what is not ours, or routers that took time to train."""
+    if output.resolve() != given.resolve():
+        check_writable_target(output, overwrite=overwrite, is_ours=is_quantized_folder)
+    elif not quantized:
+        raise OutputError(f"{output} is the model that is quantized, which is kept; choose another --output_dir")
+    if (has_precision_routers(output) or training_checkpoints(output)) and not overwrite:
+        raise OutputError(f"{output} holds trained routers; choose another --output_dir or pass --overwrite_output_dir")

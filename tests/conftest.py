@@ -15,6 +15,7 @@ from modcompile.export.build_model import build_model
 from modcompile.export.session import MODEL_FILE
 from tests.tiny_graphs import flat_graph, outlined_graph, shared_model
 from tests.tiny_models import ARCHITECTURES
+from tests.tiny_quantized import write_tiny_quantized
 from tests.tiny_routed import tiny_base, tiny_routed
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -80,6 +81,12 @@ def routed_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("routed") / "tiny"
     write_routed_folder(tiny_routed("straight_through"), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quantized folder of `write_tiny_quantized`, shared by all tests: not to be changed."""
+    return write_tiny_quantized(tmp_path_factory.mktemp("quantized") / "tiny", tokenizer)
 
 
 @pytest.fixture(scope="session")

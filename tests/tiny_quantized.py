@@ -12,6 +12,7 @@ from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import FULL_PRECISION
 from modcompile.quantized_folder import read_quantized_folder, write_quantized_folder
 from modcompile.quantizing import quantize_base
+from modcompile.routers import DepthRouter
 from tests.tiny_routed import tiny_base
 
 NUM_LAYERS = 3
@@ -27,13 +28,17 @@ def write_tiny_quantized(folder: Path, tokenizer: PreTrainedTokenizerBase | None
 
 
 def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
-    """Random routers whose choices differ from sequence to sequence."""
+    """Random routers whose choices differ from sequence to sequence, and gates that skip some of the tokens."""
     torch.manual_seed(1)
     for router in model.routers.values():
         for linear in router.layers:
             if isinstance(linear, nn.Linear):
                 nn.init.normal_(linear.weight)
                 nn.init.zeros_(linear.bias)
+    for gate_router in model.depth_routers.values():
+        assert isinstance(gate_router, DepthRouter)
+        nn.init.normal_(gate_router.score.down.weight, std=2.0)
+        nn.init.zeros_(gate_router.bias)
 
 
 def plain_model(folder: Path, bits: Sequence[int]) -> PreTrainedModel:

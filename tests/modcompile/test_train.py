@@ -1,10 +1,6 @@
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modcompile.artifacts import load_with_routers, read_report, read_router_config
-from modcompile.cli import run
 from modcompile.config import RouterConfig
 from modcompile.train import main
 from tests.folder_contents import contents
-
-# Up to the second checkpoint; then the process ends as a machine that loses its power.
-_DIES_AT_ITS_FIRST_CHECKPOINT = """
-import os, signal, sys
-from modcompile.train import main
-from modcompile.trainer import RouterTrainer
-
-save_checkpoint = RouterTrainer._save_checkpoint
-
-def save_and_die(self, *args):
-    save_checkpoint(self, *args)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-RouterTrainer._save_checkpoint = save_and_die
-main(sys.argv[1:])
-"""
+from tests.training_commands import error_of, fast_flags, train_until_killed
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +24,7 @@ def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(train_file: Path) -> list[str]:
-    """Flags of a training of seconds."""
-    return [
-        *("--train_file", str(train_file), "--sequence_length", "16", "--per_device_train_batch_size", "2"),
-        *("--max_train_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--max_eval_samples", "2"),
-    ]
-
-
-def _error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says before it exits with status 2; progress of what takes seconds set aside."""
-    assert run(lambda: main(argv)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("…")]
-    assert len(lines) == 1
-    return lines[0]
+    return fast_flags(train_file)
 
 
 def _hash_of_base(folder: Path) -> str:
@@ -127,13 +95,7 @@ def test_resumes_after_a_kill_as_if_there_had_been_none(base_folder: Path, data:
     main([*argv, "--output_dir", str(tmp_path / "whole")])
     killed = tmp_path / "killed"
     flags = [*argv, "--output_dir", str(killed)]
-    result = subprocess.run(
-        [sys.executable, "-c", _DIES_AT_ITS_FIRST_CHECKPOINT, *flags],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        check=False,
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    train_until_killed(flags)
     # Killed, the folder is whole, with routers that are not trained yet.
     assert load_with_routers(killed).hard_thresholds == [0.5] * 3
     assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-3"}
@@ -181,15 +143,15 @@ def test_bad_input_is_one_line_and_nothing_written(
         Path(name).write_text(text)
     before = contents(Path())
     argv = ["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, *flags]
-    assert says in _error(argv, capsys)
+    assert says in error_of(argv, capsys)
     assert contents(Path()) == before
     assert not Path("out").exists()
 
 
 def test_needs_data_and_a_model(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model_name_or_path", str(base_folder), "--output_dir", "out", "--sequence_length", "16"]
-    assert "no data" in _error(argv, capsys)
-    assert "--model_name_or_path" in _error(["--output_dir", "out"], capsys)
+    assert "no data" in error_of(argv, capsys)
+    assert "--model_name_or_path" in error_of(["--output_dir", "out"], capsys)
     assert list(Path().iterdir()) == []
 
 
@@ -197,7 +159,7 @@ def test_refuses_other_routers_than_those_of_the_folder(
     routed_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--model_name_or_path", str(routed_folder), "--output_dir", "out", *data]
-    assert "has routers of its own" in _error([*argv, "--router_hidden_size", "16"], capsys)
+    assert "has routers of its own" in error_of([*argv, "--router_hidden_size", "16"], capsys)
     assert not Path("out").exists()
 
 
@@ -208,7 +170,7 @@ def test_refuses_a_folder_of_another_version(
     stored: dict[str, Any] = json.loads((folder / "router_config.json").read_text())
     (folder / "router_config.json").write_text(json.dumps(stored | {"format_version": 7}))
     before = contents(folder)
-    assert "has format 7" in _error(["--model_name_or_path", "mine", *data], capsys)
+    assert "has format 7" in error_of(["--model_name_or_path", "mine", *data], capsys)
     assert contents(folder) == before
 
 
@@ -217,7 +179,7 @@ def test_keeps_what_is_not_its_own(base_folder: Path, data: list[str], capsys: p
     Path("out", "thesis.txt").write_text("years of work")
     for model in (base_folder, "."):
         argv = ["--model_name_or_path", str(model), "--output_dir", "out", *data]
-        assert re.search(r"was not made by modcompile|has no config\.json", _error(argv, capsys))
+        assert re.search(r"was not made by modcompile|has no config\.json", error_of(argv, capsys))
     assert contents(Path("out")).keys() == {"thesis.txt"}
 
 
@@ -229,7 +191,7 @@ def test_keeps_trained_routers_until_told_otherwise(
     capsys.readouterr()
     for model in (routed_folder, base_folder, "out"):
         argv = ["--model_name_or_path", str(model), "--output_dir", "out", *data]
-        assert "out holds trained routers" in _error(argv, capsys)
+        assert "out holds trained routers" in error_of(argv, capsys)
     assert contents(Path("out")) == before
     main(["--model_name_or_path", "out", *data, "--overwrite_output_dir", "--seed", "1"])
     assert contents(Path("out"))["routers.safetensors"] != before["routers.safetensors"]
