@@ -1,7 +1,7 @@
 """A causal LM whose decoder blocks each choose the precision of their weights."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from modcompile.config import RouterConfig, check_threshold
 from modcompile.errors import ConfigError
 from modcompile.gradient_checkpointing import checkpoint_blocks
 from modcompile.graph_inputs import graph_inputs, updated_cache
+from modcompile.packed_router import PackedRouter
 from modcompile.passes import choose_precision, insert_precision_branches
 from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
@@ -82,7 +83,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
             self._routers[str(layer)] = router.to(self.base.device)
         depth_routers = {} if depth is None else make_routers(self._dense, depth)
         self._depth_routers = nn.ModuleDict({str(layer): router for layer, router in depth_routers.items()})
-        self._infer_graph = self._choosing(self._weights.branches(self._dense))
+        self._infer_graph = self._choosing(self._weights.branches(self._dense), self.routers)
         self._mixer = PrecisionMixer(straight_through=config.precision_mixing == "straight_through")
         self._train_graph: fx.GraphModule | None = None
         self.eval()
@@ -207,7 +208,8 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UnsupportedModelError: they are codes of look-up tables.
         """
-        return self._like_the_present(self._choosing(self._weights.packed_branches(self._dense)))
+        routers = {layer: PackedRouter(router) for layer, router in self.routers.items()}
+        return self._like_the_present(self._choosing(self._weights.packed_branches(self._dense), routers))
 
     def round_activations(self, *, enabled: bool) -> None:
         """Have `infer_forward` round activations to 8 bits, as the exported model does on a CPU, or no longer.
@@ -217,7 +219,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         weights = self._weights
         branches = weights.rounded_branches(self._dense) if enabled else weights.branches(self._dense)
-        self._infer_graph = self._like_the_present(self._choosing(branches))
+        self._infer_graph = self._like_the_present(self._choosing(branches, self.routers))
 
     def _like_the_present(self, graph: fx.GraphModule) -> fx.GraphModule:
         for name, buffer in graph.named_buffers():
@@ -310,11 +312,13 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
             self._train_graph = graph.train(self.training)
         return self._train_graph
 
-    def _choosing(self, branches: dict[int, dict[int, fx.GraphModule]]) -> fx.GraphModule:
+    def _choosing(
+        self, branches: dict[int, dict[int, fx.GraphModule]], routers: Mapping[int, nn.Module]
+    ) -> fx.GraphModule:
         return choose_precision(
             self._dense,
             branches,
-            self.routers,
+            routers,
             for_tokens=self.router_config.router_scope == "token",
             depth_routers=self.depth_routers,
         )

@@ -31,7 +31,7 @@ def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
     """Random routers whose choices differ from sequence to sequence, and gates that skip some of the tokens."""
     torch.manual_seed(1)
     for router in model.routers.values():
-        for linear in router.layers:
+        for linear in router.children():
             if isinstance(linear, nn.Linear):
                 nn.init.normal_(linear.weight)
                 nn.init.zeros_(linear.bias)

@@ -30,10 +30,8 @@ def _routers(seed: int, num_precisions: int = len(_BITS), hidden_size: int = 8) 
     torch.manual_seed(seed)
     routers = {layer: PrecisionRouter(hidden_size, num_precisions, dropout=0.25, for_tokens=True) for layer in range(2)}
     for router in routers.values():
-        last = router.layers[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.normal_(last.weight)
-        nn.init.normal_(last.bias)
+        nn.init.normal_(router.last.weight)
+        nn.init.normal_(router.last.bias)
         router.eval()
     return routers
 

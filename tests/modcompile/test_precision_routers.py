@@ -16,10 +16,16 @@ def _router(dropout: float = 0.0, *, for_tokens: bool = False) -> PrecisionRoute
 
 def _trained(*, for_tokens: bool = False) -> PrecisionRouter:
     router = _router(for_tokens=for_tokens)
-    last = router.layers[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.normal_(last.weight)
+    nn.init.normal_(router.last.weight)
     return router
+
+
+def _expected(router: PrecisionRouter, x: torch.Tensor) -> torch.Tensor:
+    """Linear, ReLU, linear, ReLU, linear."""
+    for linear in (router.first, router.second):
+        x = torch.relu(nn.functional.linear(x, linear.weight, linear.bias))
+    logits: torch.Tensor = router.last(x)
+    return logits
 
 
 def test_starts_with_a_slight_preference_for_more_bits() -> None:
@@ -29,7 +35,7 @@ def test_starts_with_a_slight_preference_for_more_bits() -> None:
 
 def test_reads_the_mean_of_the_tokens() -> None:
     router = _trained()
-    expected = router.layers(torch.stack([_HIDDEN[0, 2:].mean(0), _HIDDEN[1].mean(0)])).unsqueeze(1)
+    expected = _expected(router, torch.stack([_HIDDEN[0, 2:].mean(0), _HIDDEN[1].mean(0)])).unsqueeze(1)
     torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), expected)
 
 
@@ -45,9 +51,7 @@ def test_a_row_of_padding_gives_numbers() -> None:
 
 def test_dropout_is_for_training() -> None:
     router = _router(dropout=0.5)
-    last = router.layers[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.normal_(last.weight)
+    nn.init.normal_(router.last.weight)
     assert not torch.equal(router.train()(_HIDDEN, _WEIGHTS), router(_HIDDEN, _WEIGHTS))
     assert torch.equal(router.eval()(_HIDDEN, _WEIGHTS), router(_HIDDEN, _WEIGHTS))
 
@@ -57,9 +61,26 @@ def test_it_has_three_layers_of_the_widths_that_it_says() -> None:
     assert shapes == [(128, 8), (128,), (128, 128), (128,), (3, 128), (3,)]
 
 
+def test_out_of_training_its_wide_weights_have_8_bits() -> None:
+    router = _trained().eval()
+    exact = router.train()(_HIDDEN, _WEIGHTS)
+    rounded = router.eval()(_HIDDEN, _WEIGHTS)
+    assert 0 < float((rounded - exact).detach().abs().max()) < 0.02
+    with torch.no_grad():
+        for linear in (router.first, router.second):
+            linear.weight.copy_(linear.packed().dequantize(linear.in_features))
+    torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), router.train()(_HIDDEN, _WEIGHTS))
+
+
+def test_gradients_pass_the_rounding() -> None:
+    router = _trained().eval()
+    router(_HIDDEN, _WEIGHTS).square().sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in router.parameters())
+
+
 def test_for_tokens_it_reads_each_of_them() -> None:
     router = _trained(for_tokens=True)
-    torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), router.layers(_HIDDEN))
+    torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), _expected(router, _HIDDEN))
     assert router(_HIDDEN, _WEIGHTS).shape == (2, 5, 3)
 
 
