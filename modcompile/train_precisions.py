@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from modcompile.artifacts import ROUTER_CONFIG, ROUTERS, is_routed_folder
+from modcompile.calibration_text import load_calibration_text
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
@@ -96,7 +97,9 @@ def train_precisions(
     if training.resume_from_checkpoint is None and not quantized:
         assert flags.precisions is not None
         config = QuantizationConfig(**asdict(rounding), precisions=flags.precisions)
-        write_quantized_folder(quantize_base(load_base(source), config), tokenizer, output, overwrite=overwrite)
+        base = load_base(source)
+        calibration = load_calibration_text(config, tokenizer, base.config)
+        write_quantized_folder(quantize_base(base, config, calibration), tokenizer, output, overwrite=overwrite)
         if is_routed_folder(given):
             for name in (ROUTERS, ROUTER_CONFIG):
                 shutil.copyfile(given / name, output / name)
