@@ -11,6 +11,19 @@ RouterScope = Literal["sequence", "token"]
 PrecisionMixing = Literal["soft", "straight_through", "sampled"]
 
 DEFAULT_METHOD: RoundingMethod = "gptq"
+"""How weights are rounded unless `method` says otherwise.
+
+Perplexity of SmolLM2-135M-Instruct on the built-in test split, dense 16.55, symmetric groups of 64, nested; mse stands
+for a clip of each group by the least squared error of its weights, which was given up::
+
+               4 + 8 bits           2 + 4 + 8 bits
+    rtn        20.29   16.50        27619    26.03   16.62
+    mse        22.24   16.70        76705    28.29   16.84
+    gptq       17.59   16.62          227    27.98   16.90
+
+GPTQ with Hessians in which all tokens weigh the same comes to 19.97 and 16.64 at 4 + 8 bits, and with the clip within
+GPTQ (and ten times its damping) to 18.16 and 16.61.
+"""
 
 PRECISIONS = (2, 4, 8, 16)
 """Bits that a weight can have; 16 stands for the original weight."""
