@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modcompile.gptq import factor_inverse, quantize_gptq
-from modcompile.quantization import QuantizedWeight, choose_qparams, quantize, round_to_codes, split_groups
+from modcompile.quantization import QuantizedWeight, choose_clipped_qparams, quantize, round_to_codes, split_groups
 
 BITS = st.sampled_from([2, 4, 8])
 GROUP = 32
@@ -34,13 +34,13 @@ def _literally(
 ) -> torch.Tensor:
     """What the paper says in formulas: round a column, spread its error, take it out of the inverse."""
     left = weight.double().clone()
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     rounded = torch.empty_like(left)
     for column in range(weight.shape[1]):
         inverse = torch.linalg.inv(damped[column:, column:])
         if column % group_size == 0:
             group = left[:, column : column + group_size].float()
-            scales, zero_points = choose_qparams(group, num_bits, symmetric=symmetric)
+            scales, zero_points = choose_clipped_qparams(group, num_bits, symmetric=symmetric)
         codes = ((left[:, column] / scales).round() + zero_points).clamp(0, 2**num_bits - 1)
         rounded[:, column] = (codes - zero_points.double()) * scales
         error = (left[:, column] - rounded[:, column]) / inverse[0, 0]
@@ -71,7 +71,7 @@ def test_rounds_to_nearest_where_inputs_are_independent(seed: int, bits: int, sy
     weight = _weight(seed, columns=70)
     found = quantize_gptq(weight, factor_inverse(torch.eye(70)), bits, GROUP, symmetric=symmetric)
     groups = split_groups(weight, GROUP)
-    scales, zero_points = choose_qparams(groups, bits, symmetric=symmetric)
+    scales, zero_points = choose_clipped_qparams(groups, bits, symmetric=symmetric)
     assert torch.equal(found.scales, scales)
     assert torch.equal(found.zero_points, zero_points)
     nearest = round_to_codes(groups, scales.unsqueeze(-1), zero_points.unsqueeze(-1), bits)
@@ -116,7 +116,7 @@ def test_the_factor_is_that_of_the_damped_inverse() -> None:
     factor = factor_inverse(hessian)
     assert factor.dtype == torch.float32
     assert torch.equal(factor, factor.triu())
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(80, dtype=torch.float64)
+    damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(80, dtype=torch.float64)
     torch.testing.assert_close(factor.T.double() @ factor.double() @ damped, torch.eye(80).double(), rtol=0, atol=1e-4)
 
 

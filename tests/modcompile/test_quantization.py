@@ -3,9 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modcompile.quantization import (
+    QuantizedWeight,
+    choose_clipped_qparams,
     choose_qparams,
     pack,
     quantize,
+    round_to_codes,
     split_groups,
     unpack,
 )
@@ -16,6 +19,11 @@ GROUP = 32
 
 def _weight(seed: int, rows: int = 3, columns: int = 70) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _squared_errors(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    dense = QuantizedWeight(round_to_codes(groups, scales[..., None], zeros[..., None], bits), scales, zeros, bits)
+    return (split_groups(dense.dequantize(64), GROUP) - groups).square().sum(-1)
 
 
 @given(seed=st.integers(0, 99), bits=BITS, symmetric=st.booleans())
@@ -44,6 +52,24 @@ def test_rounding_to_nearest_is_off_by_half_a_step_at_most(seed: int, bits: int,
     # Where one side of zero has a code less, its extreme is a whole step away, and so is a zero point that was rounded.
     assert bool((error <= steps * (1 + 1e-3)).all())
     assert float((error <= steps * (0.5 + 1e-3)).float().mean()) > 0.9
+
+
+@given(seed=st.integers(0, 99), bits=BITS, symmetric=st.booleans())
+def test_clipping_is_never_worse(seed: int, bits: int, symmetric: bool) -> None:
+    groups = split_groups(_weight(seed, columns=64), GROUP)
+    whole, clipped = (
+        _squared_errors(groups, *choose(groups, bits, symmetric=symmetric), bits)
+        for choose in (choose_qparams, choose_clipped_qparams)
+    )
+    assert bool((clipped <= whole * (1 + 1e-5)).all())
+
+
+def test_clipping_gives_up_an_outlier_for_the_rest() -> None:
+    groups = torch.cat([torch.linspace(-1, 1, 127), torch.tensor([1.5])]).reshape(1, 1, 128)
+    (whole, _), (clipped, _) = (
+        choose(groups, 2, symmetric=True) for choose in (choose_qparams, choose_clipped_qparams)
+    )
+    assert float(clipped.abs()) < 0.8 * float(whole.abs())
 
 
 @given(bits=BITS, symmetric=st.booleans())
