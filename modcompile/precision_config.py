@@ -6,9 +6,24 @@ from typing import Literal
 from modcompile.config import check, check_choice
 from modcompile.errors import ConfigError
 
-RoundingMethod = Literal["rtn", "mse"]
+RoundingMethod = Literal["rtn", "gptq"]
 RouterScope = Literal["sequence", "token"]
 PrecisionMixing = Literal["soft", "straight_through", "sampled"]
+
+DEFAULT_METHOD: RoundingMethod = "gptq"
+"""How weights are rounded unless `method` says otherwise.
+
+Perplexity of SmolLM2-135M-Instruct on the built-in test split, dense 16.55, symmetric groups of 64, nested; mse stands
+for a clip of each group by the least squared error of its weights, which was given up::
+
+               4 + 8 bits           2 + 4 + 8 bits
+    rtn        20.29   16.50        27619    26.03   16.62
+    mse        22.24   16.70        76705    28.29   16.84
+    gptq       18.16   16.61           91    21.15   16.65
+
+GPTQ by scales that span the groups and a tenth of the damping comes to 17.59 and 16.62 at 4 + 8 bits, but to 227, 27.98
+and 16.90 at 2 + 4 + 8; where besides all tokens weigh the same, to 19.97 and 16.64 at 4 + 8 bits.
+"""
 
 PRECISIONS = (2, 4, 8, 16)
 """Bits that a weight can have; 16 stands for the original weight."""
@@ -29,8 +44,11 @@ class RoundingConfig:
         default=True, metadata={"help": "Put zero in the middle of the codes; otherwise every group has a zero point."}
     )
     method: RoundingMethod = field(
-        default="mse",
-        metadata={"help": "rtn: round to nearest. mse: also clip each group where that makes the squared error least."},
+        default=DEFAULT_METHOD,
+        metadata={
+            "help": "rtn: round to nearest. gptq: round so that what blocks compute of a text, the built-in train "
+            "split, changes least; needs a tokenizer and minutes."
+        },
     )
     weight_sharing: Literal["nested", "separate"] = field(
         default="nested",
@@ -39,12 +57,20 @@ class RoundingConfig:
             "separate: each is stored on its own."
         },
     )
+    calibration_samples: int = field(
+        default=16, metadata={"help": "Sequences of the text that gptq rounds for; more are better and slower."}
+    )
+    calibration_length: int = field(
+        default=512, metadata={"help": "Tokens in each of them, or the model's positions where these are fewer."}
+    )
 
     def __post_init__(self) -> None:
         if self.group_size not in (32, 64, 128):
             raise ConfigError(f"--group_size is {self.group_size}; it must be 32, 64 or 128")
-        check_choice("method", self.method, ("rtn", "mse"))
+        check_choice("method", self.method, ("rtn", "gptq"))
         check_choice("weight_sharing", self.weight_sharing, ("nested", "separate"))
+        check("calibration_samples", self.calibration_samples, at_least=1)
+        check("calibration_length", self.calibration_length, at_least=2)
 
 
 @dataclass(frozen=True)
@@ -68,6 +94,11 @@ class QuantizationConfig(RoundingConfig):
         if len(set(self.precisions)) != len(self.precisions):
             raise ConfigError(f"--precisions is {given!r}; each may be given once")
         object.__setattr__(self, "precisions", sorted(self.precisions))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether weights are rounded for a text; 16 bits alone are not rounded."""
+        return self.method == "gptq" and self.precisions[0] < 16
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class RoundedLinear(nn.Linear):
 
     def packed(self) -> PackedWeight:
         """The weight at 8 bits."""
-        return PackedWeight.of(quantize(self.weight.detach().cpu(), _NUM_BITS, _GROUP_SIZE, method="rtn"))
+        return PackedWeight.of(quantize(self.weight.detach().cpu(), _NUM_BITS, _GROUP_SIZE))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from modcompile.gptq import quantize_gptq
 from modcompile.precision_config import PRECISIONS, QuantizationConfig
 from modcompile.quantization import QuantizedWeight, pack, quantize, unpack
 
@@ -94,15 +95,24 @@ def part_bits(precisions: Sequence[int], *, nested: bool) -> dict[int, int]:
     return {chain[0]: chain[0]} | {upper: upper - lower for lower, upper in pairwise(chain)}
 
 
-def quantize_weight(weight: torch.Tensor, config: QuantizationConfig) -> MultiPrecisionWeight:
-    """Quantize a weight `[N, K]` to all precisions of `config`, the original's excepted."""
+def quantize_weight(
+    weight: torch.Tensor, config: QuantizationConfig, factor: torch.Tensor | None = None
+) -> MultiPrecisionWeight:
+    """Quantize a weight `[N, K]` to all precisions of `config`, the original's excepted.
+
+    With the `factor` `[K, K]` of its inputs (`modcompile.gptq.factor_inverse`) each part is rounded for them, the first
+    as if it were alone; otherwise to nearest.
+    """
     nested = config.weight_sharing == "nested"
     parts: dict[int, PackedWeight] = {}
     left = weight.float()
     for precision, num_bits in part_bits(config.precisions, nested=nested).items():
         # What is left after the first part lies around zero.
         symmetric = config.symmetric or (nested and bool(parts))
-        quantized = quantize(left, num_bits, config.group_size, symmetric=symmetric, method=config.method)
+        if factor is None:
+            quantized = quantize(left, num_bits, config.group_size, symmetric=symmetric)
+        else:
+            quantized = quantize_gptq(left, factor, num_bits, config.group_size, symmetric=symmetric)
         parts[precision] = PackedWeight.of(quantized)
         if nested:
             left = left - quantized.dequantize(weight.shape[1])

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from modcompile.precision_config import RoundingMethod
-
-_SHRINKS = torch.linspace(1.0, 0.5, 26)
-"""How far the search for a better scale goes: at half of the range, clipping costs more than rounding ever does."""
+_SHARES = tuple(step / 20 for step in range(19, 7, -1))
+"""Of a group's span, from 0.95 to 0.4: below, clipping costs more than it gains even at 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -36,33 +34,20 @@ class QuantizedWeight:
         return (steps * self.scales.unsqueeze(-1)).flatten(1)[:, :in_features]
 
 
-def quantize(
-    weight: torch.Tensor, num_bits: int, group_size: int, *, symmetric: bool = True, method: RoundingMethod = "mse"
-) -> QuantizedWeight:
-    """Quantize a weight `[N, K]`, each group on its own.
+def quantize(weight: torch.Tensor, num_bits: int, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
+    """Quantize a weight `[N, K]`, each group on its own: round to the nearest of the steps that span it.
 
-    `rtn` rounds to the nearest of the steps that span the group; `mse` also tries narrower spans, which clip the
-    group's extremes and resolve the rest better, and takes for each group the one with the least squared error.
     Symmetric, the zero point is the middle code, and the sign of the scale is free: the group's extreme of larger
     magnitude gets the code that the other side lacks.
     """
     groups = split_groups(weight.float(), group_size)
     scales, zero_points = choose_qparams(groups, num_bits, symmetric=symmetric)
-    best = _rounded(groups, scales, zero_points, num_bits)
-    if method == "mse":
-        least = _squared_error(groups, best)
-        for shrink in _SHRINKS[1:].tolist():
-            span = groups.clamp(groups.amin(-1, keepdim=True) * shrink, groups.amax(-1, keepdim=True) * shrink)
-            candidate = _rounded(groups, *choose_qparams(span, num_bits, symmetric=symmetric), num_bits)
-            error = _squared_error(groups, candidate)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = _chosen(better, candidate, best)
-    return best
+    codes = round_to_codes(groups, scales.unsqueeze(-1), zero_points.unsqueeze(-1), num_bits)
+    return QuantizedWeight(codes.to(torch.uint8), scales, zero_points, num_bits)
 
 
 def choose_qparams(groups: torch.Tensor, num_bits: int, *, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points `[N, G]` that span groups `[N, G, group_size]`; zero is always one of the steps."""
+    """Scales and zero points `[…]` that span groups `[…, group_size]`; zero is always one of the steps."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if symmetric:
         middle = 2 ** (num_bits - 1)
@@ -73,6 +58,32 @@ def choose_qparams(groups: torch.Tensor, num_bits: int, *, symmetric: bool) -> t
         scales = (high - low) / (2**num_bits - 1)
         zero_points = (-low / _nonzero(scales)).round()
     return _nonzero(scales), zero_points.to(torch.uint8)
+
+
+def choose_clipped_qparams(
+    groups: torch.Tensor, num_bits: int, *, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for the share of each group's span at which rounding makes the least squared error.
+
+    A narrower span clips the group's extremes and resolves the rest better.
+    """
+    scales, zero_points = choose_qparams(groups, num_bits, symmetric=symmetric)
+    least = _squared_error(groups, scales, zero_points, num_bits)
+    for share in _SHARES:
+        narrower = choose_qparams(groups * share, num_bits, symmetric=symmetric)
+        error = _squared_error(groups, *narrower, num_bits)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, narrower[0], scales)
+        zero_points = torch.where(better, narrower[1], zero_points)
+    return scales, zero_points
+
+
+def round_to_codes(
+    weights: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, num_bits: int
+) -> torch.Tensor:
+    """The codes of the nearest steps, in floating point; all arguments broadcast."""
+    return (weights / scales).round_().add_(zero_points).clamp_(0, 2**num_bits - 1)
 
 
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -96,24 +107,13 @@ def unpack(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
     return codes.flatten(-2).to(torch.uint8)
 
 
-def _rounded(groups: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, num_bits: int) -> QuantizedWeight:
-    codes = (groups / scales.unsqueeze(-1)).round() + zero_points.unsqueeze(-1)
-    return QuantizedWeight(codes.clamp(0, 2**num_bits - 1).to(torch.uint8), scales, zero_points, num_bits)
-
-
-def _squared_error(groups: torch.Tensor, quantized: QuantizedWeight) -> torch.Tensor:
-    """`[N, G]`."""
-    steps = quantized.codes.float() - quantized.zero_points.float().unsqueeze(-1)
-    return (steps * quantized.scales.unsqueeze(-1) - groups).square().sum(-1)
-
-
-def _chosen(where: torch.Tensor, one: QuantizedWeight, other: QuantizedWeight) -> QuantizedWeight:
-    return QuantizedWeight(
-        torch.where(where.unsqueeze(-1), one.codes, other.codes),
-        torch.where(where, one.scales, other.scales),
-        torch.where(where, one.zero_points, other.zero_points),
-        one.num_bits,
-    )
+def _squared_error(
+    groups: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, num_bits: int
+) -> torch.Tensor:
+    """`[…]` of groups `[…, group_size]`."""
+    zeros = zero_points.float().unsqueeze(-1)
+    codes = round_to_codes(groups, scales.unsqueeze(-1), zeros, num_bits)
+    return ((codes - zeros) * scales.unsqueeze(-1) - groups).square().sum(-1)
 
 
 def _nonzero(scales: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modcompile.artifacts import update_report
+from modcompile.calibration_text import load_calibration_text
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(output.output_dir if output.output_dir is not None else f"{source.name}-quantized")
     check_writable_target(folder, overwrite=output.overwrite_output_dir, is_ours=is_quantized_folder)
     base, tokenizer = load_base(source), load_tokenizer(source)
-    checkpoint = quantize_base(base, config)
+    checkpoint = quantize_base(base, config, load_calibration_text(config, tokenizer, base.config))
     errors = relative_errors(checkpoint)
     write_quantized_folder(checkpoint, tokenizer, folder, overwrite=output.overwrite_output_dir)
     update_report(folder, "quantization", {"model": source.name, "relative_error_of_weights": errors})

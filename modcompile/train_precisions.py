@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from modcompile.artifacts import ROUTER_CONFIG, ROUTERS, is_routed_folder
+from modcompile.calibration_text import load_calibration_text
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
@@ -98,7 +99,8 @@ def train_precisions(
         base = load_base(source)
         if flags.route_depth:
             router.routed_layers(len(find_layers(base)))  # refused before anything is written
-        write_quantized_folder(quantize_base(base, config), tokenizer, output, overwrite=overwrite)
+        calibration = load_calibration_text(config, tokenizer, base.config)
+        write_quantized_folder(quantize_base(base, config, calibration), tokenizer, output, overwrite=overwrite)
         if is_routed_folder(given):
             for name in (ROUTERS, ROUTER_CONFIG):
                 shutil.copyfile(given / name, output / name)

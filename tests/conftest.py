@@ -5,6 +5,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+import torch
+from datasets import Dataset
 from hypothesis import settings
 from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -14,7 +16,7 @@ from modcompile.checkpoints import save_base
 from modcompile.export.build_model import build_model
 from modcompile.export.session import MODEL_FILE
 from tests.tiny_graphs import flat_graph, outlined_graph, shared_model
-from tests.tiny_models import ARCHITECTURES
+from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE
 from tests.tiny_quantized import write_tiny_quantized
 from tests.tiny_routed import tiny_base, tiny_routed
 from tests.tiny_tokenizer import make_tokenizer
@@ -65,6 +67,15 @@ def base_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("base") / "tiny"
     save_base(tiny_base(), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_text() -> Dataset:
+    """Three sequences of 16, 16 and 9 tokens that all tiny models have, as `tokenize_and_pack` makes them."""
+    ids = torch.randint(3, VOCAB_SIZE, (3, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[2, 9:] = 0
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": ids.tolist()})
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ BITS = [2, 4, 16]
 def write_tiny_quantized(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Path:
     """`tiny_base` at 2, 4 and 16 bits."""
     write_quantized_folder(
-        quantize_base(tiny_base(), QuantizationConfig(precisions=BITS, group_size=32)), tokenizer, folder
+        quantize_base(tiny_base(), QuantizationConfig(precisions=BITS, group_size=32, method="rtn")), tokenizer, folder
     )
     return folder
 

@@ -23,7 +23,7 @@ class _Built:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self.layerwise = LayerwiseQuantizeForCausalLM(
-            quantize_base(base, QuantizationConfig(group_size=32)), PrecisionRouterConfig()
+            quantize_base(base, QuantizationConfig(group_size=32, method="rtn")), PrecisionRouterConfig()
         )
         self.model = build_model(self.layerwise.export_graph(), emit_routing=True)
         options = ort.SessionOptions()

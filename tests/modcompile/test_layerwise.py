@@ -22,7 +22,7 @@ BITS = [4, 8, 16]
 @pytest.fixture(scope="module")
 def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quantized") / "folder"
-    write_quantized_folder(quantize_base(model, QuantizationConfig(group_size=32)), None, path)
+    write_quantized_folder(quantize_base(model, QuantizationConfig(group_size=32, method="rtn")), None, path)
     return path
 
 

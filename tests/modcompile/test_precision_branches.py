@@ -9,7 +9,7 @@ from tests.tiny_graphs import outlined_graph, shared_model
 
 def test_each_block_has_a_version_for_every_precision(architecture: str) -> None:
     dense = outlined_graph(architecture)
-    checkpoint = quantize_base(shared_model(architecture), QuantizationConfig(group_size=32))
+    checkpoint = quantize_base(shared_model(architecture), QuantizationConfig(group_size=32, method="rtn"))
     branches = PrecisionWeights(checkpoint).branches(dense)
     assert list(branches) == [0, 1, 2]
     for layer, versions in branches.items():
@@ -21,7 +21,7 @@ def test_each_block_has_a_version_for_every_precision(architecture: str) -> None
 
 
 def test_graphs_of_one_checkpoint_share_the_weights() -> None:
-    checkpoint = quantize_base(shared_model("llama"), QuantizationConfig(group_size=32))
+    checkpoint = quantize_base(shared_model("llama"), QuantizationConfig(group_size=32, method="rtn"))
     weights = PrecisionWeights(checkpoint)
     tensors = []
     for use_cache in (True, False):

@@ -3,7 +3,8 @@ from typing import Literal
 import pytest
 import torch
 
-from modcompile.precision_config import QuantizationConfig, RoundingMethod
+from modcompile.gptq import factor_inverse, quantize_gptq
+from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import part_bits, quantize_weight
 from modcompile.quantization import quantize
 
@@ -39,12 +40,27 @@ def test_the_child_is_what_its_bits_alone_would_be(symmetric: bool) -> None:
     torch.testing.assert_close(weight.dequantize(4), alone, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", ["rtn", "mse"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_parent_is_nearly_what_its_bits_alone_would_be(method: RoundingMethod, symmetric: bool) -> None:
-    config = QuantizationConfig(precisions=[4, 8], symmetric=symmetric, method=method)
+def test_the_parent_is_nearly_what_its_bits_alone_would_be(symmetric: bool) -> None:
+    config = QuantizationConfig(precisions=[4, 8], symmetric=symmetric)
     alone = quantize(_WEIGHT, 8, 64, symmetric=symmetric).dequantize(200)
     assert _error(quantize_weight(_WEIGHT, config).dequantize(8)) < 2 * _error(alone)
+
+
+@pytest.mark.parametrize("sharing", ["nested", "separate"])
+def test_parts_are_rounded_for_their_inputs(sharing: Literal["nested", "separate"]) -> None:
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
+    x += 2 * x.roll(1, dims=1)
+    factor = factor_inverse(x.T @ x)
+    config = QuantizationConfig(precisions=[4, 8], weight_sharing=sharing)
+    found, nearest = quantize_weight(_WEIGHT, config, factor), quantize_weight(_WEIGHT, config)
+    first = quantize_gptq(_WEIGHT, factor, 4, 64).dequantize(200)
+    left = _WEIGHT - first if sharing == "nested" else _WEIGHT
+    second = quantize_gptq(left, factor, 4 if sharing == "nested" else 8, 64).dequantize(200)
+    assert torch.equal(found.dequantize(4), first)
+    assert torch.equal(found.dequantize(8), first + second if sharing == "nested" else second)
+    lost, most = ((x @ (weight.dequantize(4) - _WEIGHT).T).norm() for weight in (found, nearest))
+    assert float(lost) < 0.8 * float(most)
 
 
 @pytest.mark.parametrize("sharing", ["nested", "separate"])

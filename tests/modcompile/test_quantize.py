@@ -53,12 +53,35 @@ def test_writes_a_folder_of_several_precisions(base_folder: Path) -> None:
 
 def test_replaces_what_is_its_own(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        assert run(lambda: main([str(base_folder), "--output_dir", "out", "--precisions", "4"])) == 0
+        assert run(lambda: main([str(base_folder), "--output_dir", "out", "--method", "rtn"])) == 0
     Path("other").mkdir()
     (Path("other") / "file").write_text("mine")
     capsys.readouterr()
     assert "was not made by modcompile" in _error([str(base_folder), "--output_dir", "other"], capsys)
-    assert run(lambda: main([str(base_folder), "--output_dir", "other", "--overwrite_output_dir"])) == 0
+    assert (
+        run(lambda: main([str(base_folder), "--output_dir", "other", "--method", "rtn", "--overwrite_output_dir"])) == 0
+    )
+
+
+def test_rounds_for_the_inputs_of_the_calibration_text(base_folder: Path) -> None:
+    flags = ["--precisions", "4", "--calibration_samples", "3", "--calibration_length", "32"]
+    for method in ("rtn", "gptq"):
+        main([str(base_folder), "--output_dir", method, "--method", method, *flags])
+    nearest, found = (read_quantized_folder(Path(method)) for method in ("rtn", "gptq"))
+    assert (found.config.method, found.config.calibration_samples, found.config.calibration_length) == ("gptq", 3, 32)
+    for name, weight in found.weights.items():
+        assert not torch.equal(weight.dequantize(4), nearest.weights[name].dequantize(4))
+
+
+def test_without_a_tokenizer_weights_can_only_be_rounded_to_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "untold")
+    tiny_model("llama").save_pretrained(folder)
+    capsys.readouterr()
+    assert "has no tokenizer" in (said := _error([folder], capsys)) and "--method rtn" in said
+    assert not list(Path().iterdir())
+    assert run(lambda: main([folder, "--method", "rtn"])) == 0
 
 
 @pytest.mark.parametrize(
@@ -69,7 +92,9 @@ def test_replaces_what_is_its_own(base_folder: Path, capsys: pytest.CaptureFixtu
         (["--precisions", "4", "x"], "--precisions"),
         (["--precisions", "4.5"], "--precisions"),
         (["--group_size", "48"], "--group_size is 48; it must be 32, 64 or 128"),
-        (["--method", "gptq"], "--method"),
+        (["--method", "mse"], "--method"),
+        (["--calibration_samples", "0"], "--calibration_samples is 0; it must be a number, at least 1"),
+        (["--calibration_length", "1"], "--calibration_length is 1; it must be a number, at least 2"),
         (["--weight_sharing", "none"], "--weight_sharing"),
         (["--no_such_flag"], "unknown: --no_such_flag"),
     ],

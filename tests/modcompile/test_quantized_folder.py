@@ -28,7 +28,7 @@ _CONFIG = "quantization_config.json"
 
 
 def _checkpoint(*precisions: int) -> QuantizedCheckpoint:
-    return quantize_base(tiny_base(), QuantizationConfig(precisions=list(precisions), group_size=32))
+    return quantize_base(tiny_base(), QuantizationConfig(precisions=list(precisions), group_size=32, method="rtn"))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_without_the_original_weights_they_are_not_stored(tmp_path: Path) -> Non
 
 def test_weights_that_lie_the_other_way_round_come_back_so(tmp_path: Path) -> None:
     base = tiny_model("gpt2")
-    checkpoint = quantize_base(base, QuantizationConfig(precisions=[8], group_size=32))
+    checkpoint = quantize_base(base, QuantizationConfig(precisions=[8], group_size=32, method="rtn"))
     write_quantized_folder(checkpoint, None, tmp_path / "folder")
     read = read_quantized_folder(tmp_path / "folder")
     assert read.transposed == read.weights.keys() != set()

@@ -43,7 +43,7 @@ def _in_onnx_runtime(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_is_what_onnx_runtime_computes(num_bits: int, rows: int) -> None:
-    weight = quantize(random(_OUT, _IN), num_bits, _GROUP, method="rtn")
+    weight = quantize(random(_OUT, _IN), num_bits, _GROUP)
     x = random(rows, _IN, seed=1)
     actual = round_to_int8(x, _GROUP) @ weight.dequantize(_IN).T
     expected = _in_onnx_runtime(x, weight)
