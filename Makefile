@@ -38,8 +38,9 @@ lint: venv ## Check style and types
 demo: venv ## Rewrite, train, export and verify a real checkpoint, and compare it with the dense one
 	$(BIN)/python -m benchmarks.demo
 
-bench: venv ## Measure what routing costs and gains in ONNX Runtime
+bench: venv ## Measure what routing and precisions cost and gain in ONNX Runtime
 	$(BIN)/python -m benchmarks.routing_cost
+	$(BIN)/python -m benchmarks.precision_cost
 
 clean: ## Remove .venv, and what the tools and the demo leave behind
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo

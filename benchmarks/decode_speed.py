@@ -5,6 +5,7 @@ the first up to a quarter of its speed, and where its weights come to lie in mem
 faster or slower, for as long as it is loaded.
 """
 
+import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,10 +21,12 @@ from modcompile.export.session import RoutedSession
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of each repeat: one prefill, and the median of its decode steps."""
+    """Seconds of each repeat: one prefill, and the median of its decode steps; and the memory of each process."""
 
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
+    resident_mib: float
+    """Median over processes, after their last step."""
 
     @property
     def decode_ms(self) -> float:
@@ -50,18 +53,24 @@ class Speed:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and the thresholds that it runs at."""
+    """A model, and the thresholds or the precision bias that it runs at."""
 
     model_file: Path
     thresholds: Sequence[float] | None = None
+    precision_bias: Sequence[float] | None = None
 
 
-def time_case(case: Case, prompt: np.ndarray, new_tokens: int, threads: int, repeats: int) -> list[tuple[float, float]]:
-    """`time_decode` of each repeat, after one to warm up."""
+def time_case(
+    case: Case, prompt: np.ndarray, new_tokens: int, threads: int, repeats: int
+) -> tuple[list[tuple[float, float]], float]:
+    """`time_decode` of each repeat, after one to warm up, and then the MiB that the process holds in memory."""
     session = RoutedSession(
         case.model_file, thresholds=case.thresholds, num_threads=threads, providers=["CPUExecutionProvider"]
     )
-    return [time_decode(session, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+    session.set_precision_bias(case.precision_bias)
+    times = [time_decode(session, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return times, pages * resource.getpagesize() / 2**20
 
 
 def time_decode(session: RoutedSession, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
@@ -83,13 +92,20 @@ def compare(
 ) -> dict[str, Speed]:
     """Time the cases in turn, `rounds` times; each time in a process of its own, for `repeats` times there."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    resident: dict[str, list[float]] = {name: [] for name in cases}
     processes = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
     with processes:
         for number in range(rounds):
             for name in list(cases)[:: 1 if number % 2 else -1]:
                 task = processes.submit(time_case, cases[name], prompt, new_tokens, threads, repeats)
-                times[name].extend(task.result())
+                taken, held = task.result()
+                times[name].extend(taken)
+                resident[name].append(held)
     return {
-        name: Speed(tuple(prefill for prefill, _ in taken), tuple(decode for _, decode in taken))
+        name: Speed(
+            tuple(prefill for prefill, _ in taken),
+            tuple(decode for _, decode in taken),
+            statistics.median(resident[name]),
+        )
         for name, taken in times.items()
     }

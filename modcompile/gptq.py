@@ -12,7 +12,7 @@ and then the same for what rounding has left over.
 
 import torch
 
-from modcompile.quantization import QuantizedWeight, choose_clipped_qparams, round_to_codes
+from modcompile.quantization import QuantizedWeight, choose_clipped_qparams, choose_qparams, round_to_codes
 
 _DAMPING = 0.1
 """Share of the mean of the Hessian's diagonal that is added to it: the text is a sample, and H may be singular.
@@ -20,6 +20,9 @@ _DAMPING = 0.1
 More than the paper's 0.01, which fits other text no better and moves weights further from where they were, so that
 more is left over for the next part: nested 2 + 2 bits then change products 1.2 times as much, 2 + 2 + 4 bits 1.3 times.
 """
+
+_CLIPPED_BITS = 2
+"""Up to how many bits a scale may leave extremes out: with four steps in all, what they cost the others is more."""
 
 
 def factor_inverse(hessian: torch.Tensor) -> torch.Tensor:
@@ -48,7 +51,7 @@ def quantize_gptq(
     """Quantize a weight `[N, K]` for inputs of which `factor_inverse` has made `factor` `[K, K]`.
 
     A group's scale is chosen for what its weights are when its turn comes: the original ones and what they have to make
-    up for. It may clip them (`choose_clipped_qparams`): later columns make up for that, too.
+    up for. With few bits it may clip them (`choose_clipped_qparams`): later columns make up for that, too.
     """
     out_features, in_features = weight.shape
     num_groups = -(-in_features // group_size)
@@ -59,7 +62,8 @@ def quantize_gptq(
     zero_points = torch.empty(num_groups, out_features, dtype=torch.uint8, device=weight.device)
     for group, start in enumerate(range(0, in_features, group_size)):
         end = min(start + group_size, in_features)
-        scales[group], zero_points[group] = choose_clipped_qparams(left[start:end].T, num_bits, symmetric=symmetric)
+        choose = choose_clipped_qparams if num_bits <= _CLIPPED_BITS else choose_qparams
+        scales[group], zero_points[group] = choose(left[start:end].T, num_bits, symmetric=symmetric)
         codes[start : start + group_size] = zero_points[group]
         errors = _round_group(
             left[start:end], factor[start:end, start:end], codes[start:end], scales[group], zero_points[group], num_bits

@@ -117,12 +117,20 @@ class PrecisionBudgetConfig:
     avg_bits_target: float | None = field(
         default=None, metadata={"help": "Charge only the average bits above this. By default all are charged."}
     )
+    static_start_samples: int = field(
+        default=8,
+        metadata={
+            "help": "With --avg_bits_target, new routers start from the best allocation of bits that is the same for "
+            "all inputs; it is measured on this many sequences of the training data. 0: they start from the most bits."
+        },
+    )
 
     def __post_init__(self) -> None:
         check("precision_weight", self.precision_weight, at_least=0)
         check("ce_weight", self.ce_weight, at_least=0)
         if self.avg_bits_target is not None:
             check("avg_bits_target", self.avg_bits_target, at_least=0, at_most=16)
+        check("static_start_samples", self.static_start_samples, at_least=0)
 
 
 @dataclass(frozen=True)

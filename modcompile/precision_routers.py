@@ -14,6 +14,9 @@ _WIDTH = 128
 _NUM_BITS, _GROUP_SIZE = 8, 64
 """Of the wide weights of a router in use: at full precision it would read a fifth of what its block at 4 bits reads."""
 
+_PREFERENCE = 0.5
+"""Of logits: what training has to outweigh."""
+
 
 class PrecisionRouter(nn.Module):
     """Hidden state `[B, T, H]` → `router_logits [B, S, P]`: Linear → ReLU → dropout → Linear → ReLU → dropout → Linear.
@@ -40,6 +43,13 @@ class PrecisionRouter(nn.Module):
         x = self.dropout(torch.relu(self.second(x)))
         logits: torch.Tensor = self.last(x)
         return logits if self.for_tokens else logits.unsqueeze(1)
+
+    def prefer(self, precision: int) -> None:
+        """Start anew with a slight preference for the precision at this position, whatever the input."""
+        with torch.no_grad():
+            self.last.weight.zero_()
+            self.last.bias.zero_()
+            self.last.bias[precision] = _PREFERENCE
 
     def like(self, num_precisions: int) -> "PrecisionRouter":
         """A new router of the same sizes for another number of precisions."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 
 from modcompile.artifacts import is_routed_folder, load_depth_routers, read_router_config, save_depth_routers
 from modcompile.config import BudgetConfig, RouterConfig
@@ -23,6 +24,7 @@ from modcompile.precision_router_files import (
 from modcompile.quantized_folder import copy_quantized_folder
 from modcompile.router_task import RouterTask
 from modcompile.share_of_parameters import describe_share
+from modcompile.static_start import start_at_static
 
 TrainedRouters = Literal["both", "depth", "precision"]
 
@@ -43,6 +45,8 @@ class PrecisionTraining:
     trained: TrainedRouters
     budget: PrecisionBudgetConfig
     depth_budget: BudgetConfig
+    start: Dataset | None = None
+    """Sequences by which routers are let start from the best static allocation at the target; None: as they are."""
 
     def open(self, folder: Path, device: torch.device) -> RouterTask:
         """The model of a quantized folder."""
@@ -50,6 +54,11 @@ class PrecisionTraining:
         model = LayerwiseQuantizeForCausalLM.from_quantized(
             folder, self.precisions, depth=self.depth, device=device, **options
         )
+        if self.start is not None and self.budget.avg_bits_target is not None:
+            chosen = start_at_static(model, self.start, self.budget.avg_bits_target)
+            print(
+                f"starting from {sum(chosen) / len(chosen):.2f} bits on average, by layer: {' '.join(map(str, chosen))}"
+            )
         for router in model.routers.values():
             router.requires_grad_(self.trained != "depth")
         for gate_router in model.depth_routers.values():

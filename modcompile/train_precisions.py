@@ -104,9 +104,11 @@ def train_precisions(
         if is_routed_folder(given):
             for name in (ROUTERS, ROUTER_CONFIG):
                 shutil.copyfile(given / name, output / name)
-    kind = PrecisionTraining(
-        flags.precisions, routers, router if flags.route_depth else None, flags.trained_routers, bits, budget
-    )
+    start = None
+    if routers is not None and not resumes and bits.avg_bits_target is not None and bits.static_start_samples:
+        start = blocks["train"].select(range(min(bits.static_start_samples, blocks["train"].num_rows)))
+    depth = router if flags.route_depth else None
+    kind = PrecisionTraining(flags.precisions, routers, depth, flags.trained_routers, bits, budget, start)
     train_routers(folder, output, blocks, kind, training)
     return output
 

@@ -61,6 +61,14 @@ def test_it_has_three_layers_of_the_widths_that_it_says() -> None:
     assert shapes == [(128, 8), (128,), (128, 128), (128,), (3, 128), (3,)]
 
 
+def test_can_be_let_prefer_a_precision() -> None:
+    router = _trained()
+    router.prefer(1)
+    assert router(_HIDDEN, _WEIGHTS).argmax(-1).tolist() == [[1], [1]]
+    # Slightly: a training can outweigh it.
+    assert float(router(_HIDDEN, _WEIGHTS).detach().softmax(-1).max()) < 0.5
+
+
 def test_out_of_training_its_wide_weights_have_8_bits() -> None:
     router = _trained().eval()
     exact = router.train()(_HIDDEN, _WEIGHTS)
