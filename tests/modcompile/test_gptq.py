@@ -4,7 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modcompile.gptq import factor_inverse, quantize_gptq
-from modcompile.quantization import QuantizedWeight, choose_clipped_qparams, quantize, round_to_codes, split_groups
+from modcompile.quantization import (
+    QuantizedWeight,
+    choose_clipped_qparams,
+    choose_qparams,
+    quantize,
+    round_to_codes,
+    split_groups,
+)
 
 BITS = st.sampled_from([2, 4, 8])
 GROUP = 32
@@ -29,6 +36,12 @@ def _change(weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Ten
     return float((lost @ hessian @ lost.T).trace())
 
 
+def _qparams(groups: torch.Tensor, num_bits: int, *, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Only two bits clip."""
+    choose = choose_clipped_qparams if num_bits == 2 else choose_qparams
+    return choose(groups, num_bits, symmetric=symmetric)
+
+
 def _literally(
     weight: torch.Tensor, hessian: torch.Tensor, num_bits: int, group_size: int, symmetric: bool
 ) -> torch.Tensor:
@@ -40,7 +53,7 @@ def _literally(
         inverse = torch.linalg.inv(damped[column:, column:])
         if column % group_size == 0:
             group = left[:, column : column + group_size].float()
-            scales, zero_points = choose_clipped_qparams(group, num_bits, symmetric=symmetric)
+            scales, zero_points = _qparams(group, num_bits, symmetric=symmetric)
         codes = ((left[:, column] / scales).round() + zero_points).clamp(0, 2**num_bits - 1)
         rounded[:, column] = (codes - zero_points.double()) * scales
         error = (left[:, column] - rounded[:, column]) / inverse[0, 0]
@@ -71,7 +84,7 @@ def test_rounds_to_nearest_where_inputs_are_independent(seed: int, bits: int, sy
     weight = _weight(seed, columns=70)
     found = quantize_gptq(weight, factor_inverse(torch.eye(70)), bits, GROUP, symmetric=symmetric)
     groups = split_groups(weight, GROUP)
-    scales, zero_points = choose_clipped_qparams(groups, bits, symmetric=symmetric)
+    scales, zero_points = _qparams(groups, bits, symmetric=symmetric)
     assert torch.equal(found.scales, scales)
     assert torch.equal(found.zero_points, zero_points)
     nearest = round_to_codes(groups, scales.unsqueeze(-1), zero_points.unsqueeze(-1), bits)
