@@ -12,9 +12,10 @@ In the order in which they are applied:
 
 For blocks of several precisions, in the place of 4 to 6:
 
-- `replace_weights`, `use_precision`: a block on dequantized weights, or on the codes themselves.
-- `insert_precision_branches`: every block → router, a branch for each precision, mix.
-- `choose_precision`: every block → router, `torch.cond` between the branches.
+- `replace_weights`, `use_precision`, `round_activations`: a block on dequantized weights, on the codes themselves, or
+  with inputs rounded as ONNX Runtime rounds them.
+- `insert_precision_branches`: every block → router, a branch for each precision, mix (or one branch, drawn).
+- `choose_precision`: every block → router, a chain of `torch.cond` between the branches, one of which may be to skip.
 
 After each of them the graph runs in PyTorch, in the form that `outlined_form` describes from the second on.
 """
