@@ -1,7 +1,7 @@
 """A causal LM whose decoder blocks each choose the precision of their weights."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,19 +18,16 @@ from modcompile.config import RouterConfig, check_threshold
 from modcompile.errors import ConfigError
 from modcompile.gradient_checkpointing import checkpoint_blocks
 from modcompile.graph_inputs import graph_inputs, updated_cache
-from modcompile.packed_router import PackedRouter
-from modcompile.passes import choose_precision, insert_precision_branches
-from modcompile.passes.outlined_form import block_calls
-from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
+from modcompile.precision_branches import PrecisionCheckpoint
 from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_folder import read_precisions
+from modcompile.precision_graphs import PrecisionGraphs
 from modcompile.precision_router_files import (
     has_precision_routers,
     load_precision_routers,
     read_precision_router_config,
 )
-from modcompile.precision_routers import PrecisionMixer, PrecisionRouter
-from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, trace_outlined
+from modcompile.precision_routers import PrecisionRouter
 
 
 @dataclass
@@ -69,22 +66,13 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         self.precisions = checkpoint.precisions
         self.router_config, self.depth_config = config, depth
         self.base = checkpoint.base.requires_grad_(False)
-        self._weights = PrecisionWeights(checkpoint)
-        self._dense = trace_outlined(self.base)
-        hidden_size = hidden_size_of(self._dense)
-        self._routers = nn.ModuleDict()
-        for layer in range(len(block_calls(self._dense.graph))):
-            router = PrecisionRouter(
-                hidden_size,
-                len(self.precisions),
-                dropout=config.router_dropout,
-                for_tokens=config.router_scope == "token",
-            )
-            self._routers[str(layer)] = router.to(self.base.device)
-        depth_routers = {} if depth is None else make_routers(self._dense, depth)
-        self._depth_routers = nn.ModuleDict({str(layer): router for layer, router in depth_routers.items()})
-        self._infer_graph = self._choosing(self._weights.branches(self._dense), self.routers)
-        self._mixer = PrecisionMixer(straight_through=config.precision_mixing == "straight_through")
+        self._graphs = PrecisionGraphs(checkpoint, config, depth)
+        # Modules of this one, so that their parameters are its own.
+        self._routers, self._depth_routers = (
+            nn.ModuleDict({str(layer): router for layer, router in routers.items()})
+            for routers in (self._graphs.routers, self._graphs.depth_routers)
+        )
+        self._infer_graph = self._graphs.inference()
         self._train_graph: fx.GraphModule | None = None
         self.eval()
 
@@ -133,12 +121,12 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def routers(self) -> dict[int, PrecisionRouter]:
         """The router of every block, by its layer."""
-        return {int(layer): cast(PrecisionRouter, router) for layer, router in self._routers.items()}
+        return self._graphs.routers
 
     @property
     def depth_routers(self) -> dict[int, nn.Module]:
         """The routers of the depth gates, by their layers; none without."""
-        return {int(layer): router for layer, router in self._depth_routers.items()}
+        return self._graphs.depth_routers
 
     def train_forward(
         self,
@@ -155,7 +143,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         graph = self._mixing()
         inputs = graph_inputs(graph, input_ids, attention_mask)
-        self._mixer.hard = hard
+        self._graphs.mixer.hard = hard
         logits, *rest = graph(*inputs)
         first_gate = len(rest) - len(self._depth_routers)
         first_weight = first_gate - len(self._routers)  # before them, keys and values of which nobody makes a cache
@@ -208,8 +196,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UnsupportedModelError: they are codes of look-up tables.
         """
-        routers = {layer: PackedRouter(router) for layer, router in self.routers.items()}
-        return self._like_the_present(self._choosing(self._weights.packed_branches(self._dense), routers))
+        return self._like_the_present(self._graphs.export())
 
     def round_activations(self, *, enabled: bool) -> None:
         """Have `infer_forward` round activations to 8 bits, as the exported model does on a CPU, or no longer.
@@ -217,9 +204,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UnsupportedModelError: the weights are look-up tables, which are not exported.
         """
-        weights = self._weights
-        branches = weights.rounded_branches(self._dense) if enabled else weights.branches(self._dense)
-        self._infer_graph = self._like_the_present(self._choosing(branches, self.routers))
+        self._infer_graph = self._like_the_present(self._graphs.inference(round_activations=enabled))
 
     def _like_the_present(self, graph: fx.GraphModule) -> fx.GraphModule:
         for name, buffer in graph.named_buffers():
@@ -297,31 +282,8 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
     def _mixing(self) -> fx.GraphModule:
         """The graph of `train_forward`, made when it is first asked for."""
         if self._train_graph is None:
-            mixing = self.router_config.precision_mixing
-            # With keys and values where these are mixed, too: each token's as it chose.
-            dense = trace_outlined(self.base, use_cache=self.router_config.router_scope == "token")
-            graph = insert_precision_branches(
-                dense,
-                self._weights.branches(dense),
-                self.routers,
-                self._mixer,
-                sampled=mixing == "sampled",
-                depth_routers=self.depth_routers,
-                gate=None if self.depth_config is None else make_gate(self.depth_config),
-            )
-            self._train_graph = graph.train(self.training)
+            self._train_graph = self._graphs.training().train(self.training)
         return self._train_graph
-
-    def _choosing(
-        self, branches: dict[int, dict[int, fx.GraphModule]], routers: Mapping[int, nn.Module]
-    ) -> fx.GraphModule:
-        return choose_precision(
-            self._dense,
-            branches,
-            routers,
-            for_tokens=self.router_config.router_scope == "token",
-            depth_routers=self.depth_routers,
-        )
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor | None:

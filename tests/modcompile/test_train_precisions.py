@@ -17,7 +17,8 @@ from tests.folder_contents import contents
 from tests.tiny_quantized import BITS
 from tests.training_commands import error_of, fast_flags, train_until_killed
 
-_RESULTS = {"precision_routers.safetensors", "report.json"}
+_PLOTS = {"training_history.png", "training_choices.png"}
+_RESULTS = {"precision_routers.safetensors", "report.json", *_PLOTS}
 _DEPTH = ["routers.safetensors", "router_config.json"]
 
 
@@ -54,7 +55,7 @@ def test_trains_a_quantized_folder_in_place_and_not_again_until_told(
     assert read_precision_router_config(folder) == (config, BITS)
     training = read_report(folder)["training"]
     assert (training["steps"], training["precisions"]) == (2, BITS)
-    assert training["budget"] == {"precision_weight": 3.0, "ce_weight": 0.5, "avg_bits_target": 2.5}
+    assert training["budget"] == {"precision_weight": 3.0, "ce_weight": 0.5, "avg_bits_target": 2.5, "static_start_samples": 8}
     assert "depth_budget" not in training
     metrics = training["metrics"]
     charged = max(metrics["eval_average_bits"] - 2.5, 0) / 16
@@ -111,7 +112,7 @@ def test_keeps_the_depth_gates_of_a_routed_folder(routed_folder: Path, data: lis
     assert training["depth_budget"] == {"router_lambda": 0.01, "target_active_ratio": 0.7}
     assert 0 < training["metrics"]["eval_active_ratio"] < 1
     _train(out, *data, "--trained_routers", "depth", "--overwrite_output_dir")
-    assert _changed(out, first) == {"routers.safetensors", "report.json"}
+    assert _changed(out, first) == {"routers.safetensors", "report.json", *_PLOTS}
 
 
 def test_trains_in_another_folder_and_resumes_after_a_kill_as_if_there_had_been_none(

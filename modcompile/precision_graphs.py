@@ -1,0 +1,78 @@
+"""The graphs of a model of several precisions: from its trace, its weights and its routers."""
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from modcompile.config import RouterConfig
+from modcompile.packed_router import PackedRouter
+from modcompile.passes import choose_precision, insert_precision_branches
+from modcompile.passes.outlined_form import block_calls
+from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
+from modcompile.precision_config import PrecisionRouterConfig
+from modcompile.precision_routers import PrecisionMixer, PrecisionRouter
+from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, trace_outlined
+
+
+class PrecisionGraphs:
+    """Makes the graphs; they share the routers made here, the mixer, and the parameters of the base."""
+
+    def __init__(
+        self, checkpoint: PrecisionCheckpoint, config: PrecisionRouterConfig, depth: RouterConfig | None
+    ) -> None:
+        self._base = checkpoint.base
+        self._config, self._depth = config, depth
+        self._weights = PrecisionWeights(checkpoint)
+        self._dense = trace_outlined(self._base)
+        self._for_tokens = config.router_scope == "token"
+        self.routers: dict[int, PrecisionRouter] = {}
+        for layer in range(len(block_calls(self._dense.graph))):
+            router = PrecisionRouter(
+                hidden_size_of(self._dense),
+                len(checkpoint.precisions),
+                dropout=config.router_dropout,
+                for_tokens=self._for_tokens,
+            )
+            self.routers[layer] = router.to(self._base.device)
+        self.depth_routers = {} if depth is None else make_routers(self._dense, depth)
+        self.mixer = PrecisionMixer(straight_through=config.precision_mixing == "straight_through")
+
+    def inference(self, *, round_activations: bool = False) -> fx.GraphModule:
+        """One precision a block; on request with activations rounded as ONNX Runtime rounds them on a CPU.
+
+        Raises:
+            UnsupportedModelError: that is requested of look-up tables.
+        """
+        weights = self._weights
+        branches = weights.rounded_branches(self._dense) if round_activations else weights.branches(self._dense)
+        return self._choosing(branches, self.routers)
+
+    def export(self) -> fx.GraphModule:
+        """The same on the codes themselves.
+
+        Raises:
+            UnsupportedModelError: they are codes of look-up tables.
+        """
+        routers = {layer: PackedRouter(router) for layer, router in self.routers.items()}
+        return self._choosing(self._weights.packed_branches(self._dense), routers)
+
+    def training(self) -> fx.GraphModule:
+        """All precisions mixed, or one drawn."""
+        # With keys and values where these are mixed, too: each token's as it chose.
+        dense = trace_outlined(self._base, use_cache=self._for_tokens)
+        return insert_precision_branches(
+            dense,
+            self._weights.branches(dense),
+            self.routers,
+            self.mixer,
+            sampled=self._config.precision_mixing == "sampled",
+            depth_routers=self.depth_routers,
+            gate=None if self._depth is None else make_gate(self._depth),
+        )
+
+    def _choosing(
+        self, branches: Mapping[int, Mapping[int, fx.GraphModule]], routers: Mapping[int, nn.Module]
+    ) -> fx.GraphModule:
+        return choose_precision(
+            self._dense, branches, routers, for_tokens=self._for_tokens, depth_routers=self.depth_routers
+        )
