@@ -36,7 +36,6 @@ KINDS: dict[str, tuple[str, bool, list[int]]] = {
     "one precision": ("sequence", False, [4]),
     "two precisions": ("sequence", False, [4, 16]),
     "one precision and gates": ("sequence", True, [4]),
-    "tokens": ("token", False, [4, 16]),
     "tokens and gates": ("token", True, [4, 16]),
 }
 

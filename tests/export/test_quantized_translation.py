@@ -106,7 +106,7 @@ def test_parts_that_precisions_share_are_stored_once(built: _Built) -> None:
 
 _WIDE = LlamaConfig(
     hidden_size=512,
-    intermediate_size=1024,
+    intermediate_size=512,
     num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=8,
