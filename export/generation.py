@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from modcompile.export.session import Array, RoutedSession
+from modcompile.counted_bits import CountedBits
+from modcompile.export.session import PRECISION, ROUTING, Array, RoutedSession
 from modcompile.usage import RoutingUsage
 
 
@@ -25,7 +26,9 @@ class Generation:
     sequence: torch.Tensor
     """Prompt and new tokens, `[1, T + N]`."""
     usage: RoutingUsage | None
-    """None where the artifact does not tell its routes."""
+    """None where the artifact has no routing masks, or does not tell them."""
+    bits: CountedBits | None
+    """None where the artifact does not choose precisions, or does not tell them."""
 
 
 def generate(
@@ -43,6 +46,7 @@ def generate(
     """
     processors = _logits_processors(config)
     usage = RoutingUsage(session.routed_layers) if session.routed_layers else None
+    bits = CountedBits() if session.precision_layers else None
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if streamer is not None:
         streamer.put(input_ids)
@@ -53,8 +57,11 @@ def generate(
         position_ids = np.arange(sequence.shape[1])[None, -new_tokens.shape[1] :]
         logits, cache, told = session.run(new_tokens.numpy(), attention_mask, position_ids, cache)
         if usage is not None:
-            masks = [torch.from_numpy(mask)[..., None] for mask in told.values()]
+            masks = [torch.from_numpy(told[f"{ROUTING}{layer}"])[..., None] for layer in session.routed_layers]
             usage.update(masks, torch.ones_like(new_tokens))
+        if bits is not None:
+            told_bits = [torch.from_numpy(told[f"{PRECISION}{layer}"]) for layer in session.precision_layers]
+            bits.update(told_bits, torch.ones_like(new_tokens))
         next_token = _choose(logits, sequence, processors, sample=bool(config.do_sample), generator=generator)
         new_tokens = next_token[None]
         sequence = torch.cat([sequence, new_tokens], 1)
@@ -64,7 +71,7 @@ def generate(
             break
     if streamer is not None:
         streamer.end()
-    return Generation(sequence, usage)
+    return Generation(sequence, usage, bits)
 
 
 def _choose(

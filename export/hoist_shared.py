@@ -13,8 +13,8 @@ After::
 
 In a graph without branches this is left to common-subexpression elimination; branches are scopes of their own, so that
 rotary tables and the attention mask would be prepared anew in each. Hoisted is only what depends on nothing but
-constants and values that more than one `If` reads: what belongs to one layer (the product of such a value with a weight
-of its own, say) stays where it may be skipped.
+constants and values that the `If` nodes of more than one layer read: what belongs to one layer (the product of such a
+value with a weight of its own, say) stays where it may be skipped.
 """
 
 from collections.abc import Iterable
@@ -53,19 +53,24 @@ def _branches(conditional: ir.Node) -> Iterable[ir.Graph]:
 
 
 def _read_by_many(graph: ir.Graph, conditionals: list[ir.Node]) -> set[ir.Value]:
-    """Constants, and values computed before the first `If`, that more than one `If` reads."""
+    """Constants, and values computed before the first `If`, that the `If` nodes of more than one layer read."""
     before = {value for value in graph.initializers.values() if not value.is_graph_input()}
     for node in graph:
         if node in conditionals:
             break
         before.update(node.outputs)
-    readers: dict[ir.Value, set[ir.Node]] = {}
+    readers: dict[ir.Value, set[str]] = {}
     for conditional in conditionals:
         for branch in _branches(conditional):
             for value in (value for node in branch for value in node.inputs):
                 if value is not None and value in before:
-                    readers.setdefault(value, set()).add(conditional)
-    return {value for value, nodes in readers.items() if len(nodes) > 1}
+                    readers.setdefault(value, set()).add(_layer(conditional))
+    return {value for value, layers in readers.items() if len(layers) > 1}
+
+
+def _layer(conditional: ir.Node) -> str:
+    """`blocks.3` of `blocks.3.if`, and of `blocks.3.if_1`, the next of its chain."""
+    return str(conditional.name).rpartition(".")[0] or str(id(conditional))
 
 
 def _reads_only(node: ir.Node, shared: set[ir.Value]) -> bool:

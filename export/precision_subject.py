@@ -6,7 +6,6 @@ does from the model without rounding. So the artifact's graph is compared with P
 on activations that are not rounded; and the artifact as it is by its perplexity, with PyTorch rounding alike.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from modcompile.export.tell_branches import TellBranches
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import Case
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.text_loss import TextLoss
 
 SHIPPED_LENGTH = 192
 """Tokens of each row by which the perplexity of the artifact as it is is measured."""
@@ -72,7 +72,8 @@ class PrecisionSubject:
     def tell(self, model: ir.Model) -> None:
         choosing = {layer: len(names) for layer, names in self.branches.items() if len(names) > 1}
         selecting = choosing if self._model.router_config.router_scope == "token" else self._model.depth_routers
-        ir.passes.Sequential(FloatActivations(), TellBranches(choosing, frozenset(selecting)))(model)
+        FloatActivations()(model)
+        TellBranches(choosing, frozenset(selecting))(model)
 
     def torch_routes(self, output: Any) -> Array:
         return np.stack([bits.numpy() for bits in output.num_bits])
@@ -87,8 +88,9 @@ class PrecisionSubject:
             if branch == len(bits):
                 routes.append(bits[selection])
             else:
-                executed = selection.astype(bool) if selection.dtype == bool else np.ones(ids.shape, bool)
-                routes.append(np.where(executed, bits[branch], 0))
+                # A block that ran although no token needed it was computed for all of them.
+                of_some = selection.dtype == bool and selection.any()
+                routes.append(np.where(selection, bits[branch], 0) if of_some else np.full(ids.shape, bits[branch]))
             taken.append(branch)
         return np.stack(routes), taken
 
@@ -109,7 +111,8 @@ class PrecisionSubject:
         total = sum(_loss(self._model.infer_forward(torch.tensor([row])).logits, row)[0] for row in self._rows)
         self._model.round_activations(enabled=False)
         shipped, count = self._losses
-        result.perplexity_rounded = {"torch": math.exp(total / count), "onnx": math.exp(shipped / count)}
+        losses = {"torch": total, "onnx": shipped}
+        result.perplexity_rounded = {runtime: TextLoss(loss / count).perplexity for runtime, loss in losses.items()}
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         """None."""

@@ -14,7 +14,8 @@ from modcompile.errors import ArtifactError, ConfigError
 MODEL_FILE = "model.onnx"
 THRESHOLD_INPUT, BIAS_INPUT = "routing_threshold", "precision_bias"
 
-_PAST, _PRESENT, _ROUTING, _PRECISION = "past_key_values.", "present.", "routing.", "precision."
+ROUTING, PRECISION = "routing.", "precision."
+_PAST, _PRESENT = "past_key_values.", "present."
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 Array = NDArray[Any]
@@ -45,6 +46,7 @@ class RoutedSession:
     ) -> None:
         if not model_file.is_file():
             raise ArtifactError(f"{model_file} does not exist; make it with python -m modcompile.export DIR")
+        self._model_file = model_file
         options = ort.SessionOptions()
         options.log_severity_level = 3  # else a line of warning for the optional input, at every load
         # A plan of memory is good for one shape, and with a growing cache every step has another: in every branch of
@@ -67,7 +69,7 @@ class RoutedSession:
         self._device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         self.routed_layers, self.precision_layers = (
             tuple(int(name.removeprefix(prefix)) for name in self._told if name.startswith(prefix))
-            for prefix in (_ROUTING, _PRECISION)
+            for prefix in (ROUTING, PRECISION)
         )
         self.num_thresholds = int(optional[THRESHOLD_INPUT].shape[0]) if THRESHOLD_INPUT in optional else 0
         self.bias_shape = tuple(map(int, optional[BIAS_INPUT].shape)) if BIAS_INPUT in optional else (0, 0)
@@ -99,18 +101,20 @@ class RoutedSession:
         """What is added to the logits of the routers of precisions, `bias_shape` or broadcast to it; None: as stored.
 
         Raises:
-            ConfigError: it has another shape, or holds NaN.
+            ConfigError: it has another shape, or holds NaN, or the artifact does not choose precisions.
         """
         if bias is None:
             self._bias = None
             return
-        given = np.asarray(bias, np.float32)
+        if not all(self.bias_shape):
+            raise ConfigError("a precision bias for an artifact that does not choose precisions; leave it out")
         try:
-            self._bias = np.broadcast_to(given, self.bias_shape)
+            given = np.broadcast_to(np.asarray(bias, np.float32), self.bias_shape)
         except ValueError as error:
-            raise ConfigError(f"a precision bias of shape {given.shape} does not fit {self.bias_shape}") from error
+            raise ConfigError(f"a precision bias must be numbers of shape {self.bias_shape} ({error})") from error
         if np.isnan(given).any():
             raise ConfigError("a precision bias holds NaN; give numbers, or infinity to force a precision")
+        self._bias = given
 
     def empty_cache(self, batch: int) -> Cache:
         """The keys and values of no token, for `batch` rows."""
@@ -125,6 +129,9 @@ class RoutedSession:
         """Logits `[B, T, V]`, the longer cache, and what else the artifact tells, by name: masks or bits `[B, T]`.
 
         `input_ids` and `position_ids` are `[B, T]`, `attention_mask` is `[B, P + T]` for a cache of P tokens.
+
+        Raises:
+            ArtifactError: ONNX Runtime stops in the middle of the model.
         """
         arrays = zip(_TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True)
         feeds = {name: _to_ort(array, np.int64) for name, array in arrays}
@@ -141,7 +148,10 @@ class RoutedSession:
             binding.bind_output(name, self._device)
         for name in ("logits", *self._told):
             binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise ArtifactError(f"ONNX Runtime can't run {self._model_file}: {error}") from error
         values = binding.get_outputs()
         present, (logits, *told) = values[: len(self._presents)], values[len(self._presents) :]
         return logits.numpy(), present, {name: value.numpy() for name, value in zip(self._told, told, strict=True)}

@@ -1,6 +1,5 @@
 """Prove that the exported artifact computes what PyTorch computes, or say that it does not."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.export.subject import Subject
 from modcompile.export.verification import Verification, versions
 from modcompile.export.verification_inputs import Case
+from modcompile.text_loss import TextLoss
 
 
 def verify_model(subject: Subject, folder: Path, cases: Sequence[Case]) -> Verification:
@@ -83,8 +83,8 @@ def _run_cases(subject: Subject, session: RoutedSession, cases: Sequence[Case], 
     result.equal_routes = equal / result.compared_routes if result.compared_routes else 1.0
     count = sum(number for _, _, number in losses)
     if count:
-        result.perplexity_torch = math.exp(sum(loss for loss, _, _ in losses) / count)
-        result.perplexity_onnx = math.exp(sum(loss for _, loss, _ in losses) / count)
+        result.perplexity_torch = TextLoss(sum(loss for loss, _, _ in losses) / count).perplexity
+        result.perplexity_onnx = TextLoss(sum(loss for _, loss, _ in losses) / count).perplexity
     subject.record(result, spent / (tokens_seen * len(branches)))
     for (layer, names), taken in zip(branches.items(), seen, strict=True):
         missing = [name for index, name in enumerate(names) if index not in taken]

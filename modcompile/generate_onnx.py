@@ -34,7 +34,7 @@ def load_onnx(folder: Path, hard_threshold: float | None) -> TextGenerator:
 
     Raises:
         ArtifactError: ONNX Runtime can't load it.
-        ConfigError: there is no ONNX Runtime.
+        ConfigError: there is no ONNX Runtime, or the artifact has no depth gates for a threshold.
     """
     try:
         from modcompile.export import generation
@@ -44,10 +44,16 @@ def load_onnx(folder: Path, hard_threshold: float | None) -> TextGenerator:
     with show_elapsed("loading the ONNX model"):
         session = RoutedSession(folder / _MODEL_FILE, thresholds=hard_threshold)
 
+    if hard_threshold is not None and not session.num_thresholds:
+        raise ConfigError(f"--hard_threshold needs depth gates, which {folder} has not; leave it out")
+
     def generate(input_ids: torch.Tensor, config: GenerationConfig, streamer: TimedStreamer) -> str:
-        usage = generation.generate(session, input_ids, config, streamer=streamer).usage
-        if usage is None:
-            return "active ratio not told by this artifact (export it with --emit_routing)"
-        return describe_active_ratio(usage.active_ratio)
+        generated = generation.generate(session, input_ids, config, streamer=streamer)
+        if generated.bits is not None:
+            return generated.bits.describe()
+        if generated.usage is not None:
+            return describe_active_ratio(generated.usage.active_ratio)
+        untold = "average bits" if session.bias_shape[0] else "active ratio"
+        return f"{untold} not told by this artifact (export it with --emit_routing)"
 
     return generate

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from modcompile.artifacts import load_with_routers
+from modcompile.counted_bits import CountedBits
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM, PrecisionCausalLMOutput
 from modcompile.modeling import RoutedForCausalLM
-from modcompile.precision_usage import PrecisionUsage
 from modcompile.progress import show_elapsed
 from modcompile.text_generator import TextGenerator, describe_active_ratio
 from modcompile.timed_streamer import TimedStreamer
@@ -49,30 +49,17 @@ def load_quantized(folder: Path, hard_threshold: float | None, num_bits: int | N
         model.set_hard_threshold(hard_threshold)
 
     def generate(input_ids: torch.Tensor, config: GenerationConfig, streamer: TimedStreamer) -> str:
-        bits = _CountedBits()
-        with model.register_forward_hook(bits.count):
+        bits = CountedBits()
+
+        def count(_model: nn.Module, _inputs: Any, output: PrecisionCausalLMOutput) -> None:
+            assert output.num_bits is not None and output.tokens is not None
+            bits.update(output.num_bits, output.tokens)
+
+        with model.register_forward_hook(count):
             _generate(model, input_ids, config, streamer)
         return bits.describe()
 
     return generate
-
-
-class _CountedBits:
-    """The bits of the prompt, which is the first call, and of new tokens, each a call after it."""
-
-    def __init__(self) -> None:
-        self._prompt, self._new = PrecisionUsage(), PrecisionUsage()
-        self._current = self._prompt
-
-    def count(self, _model: nn.Module, _inputs: Any, output: PrecisionCausalLMOutput) -> None:
-        assert output.num_bits is not None and output.tokens is not None
-        self._current.update(output.num_bits, output.tokens)
-        self._current = self._new
-
-    def describe(self) -> str:
-        prompt = f"average bits {self._prompt.average_bits:.2f} in the prompt"
-        # What comes last is not computed with.
-        return f"{prompt}, {self._new.average_bits:.2f} in new tokens" if self._new.shares else prompt
 
 
 def _generate(

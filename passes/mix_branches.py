@@ -24,6 +24,8 @@ from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.merge_branches import merge_branches
 from modcompile.passes.outlined_form import num_outputs
 
+_aten = torch.ops.aten
+
 
 class WeightedSum(nn.Module):
     """`weights [B, S, P]` (S is T, or 1 for all tokens of a row) and P values `[B, T, H]` → their sum `[B, T, H]`."""
@@ -94,6 +96,9 @@ def mix_branches(branches: Sequence[fx.GraphModule], combine: nn.Module) -> fx.G
 def _copy(nodes: Iterable[fx.Node], graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> None:
     for node in nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
+        if node.target is _aten.view.default:
+            # Strides of what follows from mixed keys may be others than those that the trace has seen.
+            env[node].target = _aten.reshape.default
 
 
 def _ancestors(groups: Iterable[Sequence[fx.Node]]) -> set[fx.Node]:

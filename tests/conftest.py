@@ -13,11 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modcompile.artifacts import base_files, write_routed_folder
 from modcompile.checkpoints import save_base
+from modcompile.export import verification_inputs
 from modcompile.export.build_model import build_model
+from modcompile.export.export_config import ExportConfig
+from modcompile.export.export_folder import export_folder
 from modcompile.export.session import MODEL_FILE
 from tests.tiny_graphs import flat_graph, outlined_graph, shared_model
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE
-from tests.tiny_quantized import write_tiny_quantized
+from tests.tiny_quantized import save_deciding_routers, write_tiny_quantized
 from tests.tiny_routed import tiny_base, tiny_routed
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -124,3 +127,18 @@ def silent_onnx_folder(onnx_folder: Path, tmp_path_factory: pytest.TempPathFacto
     model.graph.outputs[:] = [value for value in model.graph.outputs if not str(value.name).startswith("routing.")]
     ir.save(model, folder / MODEL_FILE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def precision_onnx_folder(quantized_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an export with --emit_routing makes of it and routers that decide, in the exported folder.
+
+    Loaded, built, verified and written as the command does. Not to be changed.
+    """
+    folder = tmp_path_factory.mktemp("precisions") / "tiny"
+    shutil.copytree(quantized_folder, folder)
+    save_deciding_routers(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+        export_folder(folder, folder / "onnx", ExportConfig(emit_routing=True))
+    return folder / "onnx"

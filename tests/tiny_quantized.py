@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modcompile.artifacts import save_depth_routers
+from modcompile.config import RouterConfig
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.precision_config import QuantizationConfig
+from modcompile.precision_router_files import save_precision_routers
 from modcompile.precisions import FULL_PRECISION
 from modcompile.quantized_folder import read_quantized_folder, write_quantized_folder
 from modcompile.quantizing import quantize_base
@@ -39,6 +42,15 @@ def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
         assert isinstance(gate_router, DepthRouter)
         nn.init.normal_(gate_router.score.down.weight, std=2.0)
         nn.init.zeros_(gate_router.bias)
+
+
+def save_deciding_routers(folder: Path, depth: RouterConfig | None = None) -> None:
+    """Write routers that decide into a quantized folder, as a training would; with `depth`, gates too."""
+    model = LayerwiseQuantizeForCausalLM.from_quantized(folder, depth=depth)
+    let_routers_decide(model)
+    save_precision_routers(model.routers, model.router_config, model.precisions, folder)
+    if depth is not None:
+        save_depth_routers(model.depth_routers, depth, folder)
 
 
 def plain_model(folder: Path, bits: Sequence[int]) -> PreTrainedModel:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from modcompile.artifacts import read_report, write_routed_folder
 from modcompile.config import RouterConfig
-from modcompile.errors import ArtifactError, OutputError, VerificationError
+from modcompile.errors import ArtifactError, OutputError, UnsupportedModelError, VerificationError
 from modcompile.export import verification
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import ExportResult, export_folder, is_onnx_folder
 from modcompile.export.session import MODEL_FILE
 from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
+from tests.tiny_any_precision import tiny_any_precision, write_any_precision
 from tests.tiny_routed import tiny_base
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -53,7 +55,10 @@ def stored(folder: Path) -> dict[str, Any]:
 def test_writes_the_model_its_tokenizer_and_what_was_proved(exported: ExportResult) -> None:
     assert names(exported.output) == FILES
     assert is_onnx_folder(exported.output)
-    assert stored(exported.output) == json.loads(json.dumps(exported.verification.as_json()))
+    told = stored(exported.output)
+    assert told.pop("average_bits") is None  # NaN is no JSON
+    expected = json.loads(json.dumps(exported.verification.as_json()))
+    assert told == {key: value for key, value in expected.items() if key != "average_bits"}
     assert AutoConfig.from_pretrained(exported.output).model_type == "llama"
     assert AutoTokenizer.from_pretrained(exported.output)("hello").input_ids
     assert not [name for name in names(exported.output.parent) if name.startswith(".")]
@@ -88,7 +93,7 @@ def test_sums_up_in_three_lines(exported: ExportResult) -> None:
     first, second, third = exported.summary().splitlines()
     assert first.startswith(f"wrote {exported.output} (loading and tracing ")
     assert second.startswith(f"verified on {TOKENS:,} tokens: logits differ by at most ")
-    assert second.endswith(f", 100.00% of {3 * TOKENS:,} routes are equal, every If was seen on both sides")
+    assert second.endswith(f", 100.00% of {3 * TOKENS:,} routes are equal, every branch of every If was seen")
     assert third.endswith("active ratio 1.000")
 
 
@@ -137,7 +142,7 @@ from modcompile.export import export_folder as module
 from modcompile.export.export_config import ExportConfig
 
 module.build_model = lambda *_, **__: ir.load(sys.argv[2])  # what it would build
-module.verification_cases = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+module.verify_model = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 module.export_folder(Path(sys.argv[1]), Path(sys.argv[1]) / "onnx", ExportConfig())
 """
     command = [sys.executable, "-c", script, str(folder), str(onnx_folder / MODEL_FILE)]
@@ -176,7 +181,7 @@ def test_refuses_a_folder_of_somebody_else(folder: Path) -> None:
 @pytest.mark.parametrize("up", [0, 1])
 def test_never_replaces_the_routed_folder_or_what_holds_it(folder: Path, up: int) -> None:
     target, before = [folder, folder.parent][up], names(folder)
-    with pytest.raises(OutputError, match=r"is or holds the routed folder itself; choose another --output_dir$"):
+    with pytest.raises(OutputError, match=r"is or holds the folder that is exported; choose another --output_dir$"):
         export_folder(folder, target, ExportConfig(), overwrite=True)
     assert names(folder) == before
 
@@ -185,3 +190,59 @@ def test_a_folder_that_is_not_routed_gets_no_output(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a folder"):
         export_folder(tmp_path / "nothing", tmp_path / "onnx", ExportConfig())
     assert not list(tmp_path.iterdir())
+
+
+def test_writes_what_a_quantized_folder_chooses_precisions_by(precision_onnx_folder: Path) -> None:
+    assert names(precision_onnx_folder) == FILES
+    graph = onnx.load(precision_onnx_folder / MODEL_FILE, load_external_data=False).graph
+    assert [value.name for value in graph.output][-3:] == ["precision.0", "precision.1", "precision.2"]
+    proved = stored(precision_onnx_folder)
+    assert proved["passed"] is True
+    assert proved["failures"] == []
+    assert proved["equal_routes"] == 1.0
+    assert proved["active_ratio"] is None
+    assert 2 < proved["average_bits"] < 16
+    rounded = proved["perplexity_rounded"]
+    assert rounded["onnx"] == pytest.approx(rounded["torch"], rel=proved["bounds"]["perplexity_change"])
+    report = read_report(precision_onnx_folder.parent)["export"]
+    assert report["passed"] is True
+    assert report["average_bits"] == proved["average_bits"]
+
+
+@pytest.fixture
+def choosing_folder(precision_onnx_folder: Path, tmp_path: Path) -> Path:
+    """A copy of a quantized folder with routers that decide, not yet exported."""
+    ignore = shutil.ignore_patterns("onnx", "report.json")
+    return Path(shutil.copytree(precision_onnx_folder.parent, tmp_path / "quantized", ignore=ignore))
+
+
+def test_sums_up_average_bits(
+    choosing_folder: Path, precision_onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_prebuilt(precision_onnx_folder, monkeypatch)
+    result = export_folder(choosing_folder, choosing_folder / "onnx", ExportConfig(emit_routing=True))
+    proved = result.verification
+    assert re.search(r"in ONNX Runtime, \d+\.\d\d bits on average$", result.summary())
+    assert proved.average_bits == stored(precision_onnx_folder)["average_bits"]
+
+
+def test_leaves_no_model_of_precisions_that_was_not_verified(
+    choosing_folder: Path, precision_onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_prebuilt(precision_onnx_folder, monkeypatch)
+    output = choosing_folder / "onnx"
+    monkeypatch.setattr(verification, "MAX_PERPLEXITY_CHANGE", -1.0)
+    with pytest.raises(VerificationError, match=r"does not compute what PyTorch does: the perplexity differs by "):
+        export_folder(choosing_folder, output, ExportConfig(emit_routing=True))
+    assert names(output) == {"verification.json"}
+    assert stored(output)["passed"] is False
+    assert "export" not in read_report(choosing_folder)
+
+
+def test_refuses_a_folder_of_look_up_tables(tmp_path: Path) -> None:
+    write_any_precision(tiny_any_precision(), tmp_path / "tables")
+    expected = r"is looked up in tables, which PyTorch alone serves; to export, quantize the original with modcompile"
+    with pytest.raises(UnsupportedModelError, match=expected) as caught:
+        export_folder(tmp_path / "tables", tmp_path / "onnx", ExportConfig())
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == {"tables"}

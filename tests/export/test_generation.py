@@ -3,11 +3,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from modcompile.export.generation import generate
 from modcompile.export.session import MODEL_FILE, RoutedSession
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.modeling import RoutedForCausalLM
 from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
 
@@ -147,3 +148,29 @@ def test_no_usage_where_routes_are_not_told(session: RoutedSession, silent_onnx_
     silent = generate(RoutedSession(silent_onnx_folder / MODEL_FILE), prompt, config())
     assert silent.usage is None
     assert torch.equal(silent.sequence, generate(session, prompt, config()).sequence)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[1:3], ids=len)
+def test_counts_bits_where_precisions_are_told(precision_onnx_folder: Path, prompt: list[int]) -> None:
+    """Of tokens that PyTorch is given in the same steps: the prompt, then one at a time."""
+    session = RoutedSession(precision_onnx_folder / MODEL_FILE, providers=["CPUExecutionProvider"])
+    generation = generate(session, torch.tensor([prompt]), config(max_new_tokens=6))
+    assert generation.usage is None
+    assert generation.bits is not None
+    layerwise = LayerwiseQuantizeForCausalLM.from_quantized(precision_onnx_folder.parent)
+    computed = generation.sequence[:, :-1]
+    steps = [computed[:, : len(prompt)], *computed[:, len(prompt) :].split(1, 1)]
+    averages, cache = [], DynamicCache()
+    for step in steps:
+        output = layerwise.infer_forward(step, past_key_values=cache)
+        assert isinstance(output.past_key_values, DynamicCache)
+        cache = output.past_key_values
+        assert output.num_bits is not None
+        averages.append(float(torch.stack(output.num_bits).float().mean()))
+    assert generation.bits.prompt.average_bits == pytest.approx(averages[0])
+    assert generation.bits.new_tokens.average_bits == pytest.approx(sum(averages[1:]) / 5)
+    assert all(2 <= average <= 16 for average in averages)
+
+
+def test_no_bits_where_there_are_no_precisions(session: RoutedSession) -> None:
+    assert generate(session, torch.tensor([PROMPTS[1]]), config(max_new_tokens=1)).bits is None

@@ -11,6 +11,7 @@ from modcompile.export import verification
 from modcompile.export.__main__ import main
 from modcompile.export.session import MODEL_FILE
 from tests.export.prebuilt import use_prebuilt
+from tests.tiny_any_precision import tiny_any_precision, write_any_precision
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,3 +113,35 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
     for flag in ("--hard_threshold", "--emit_routing", "--output_dir", "--overwrite_output_dir", "folder"):
         assert flag in text
     assert "at run time. (default: 0.5)" in text
+
+
+def test_exports_a_quantized_folder(
+    precision_onnx_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    use_prebuilt(precision_onnx_folder, monkeypatch)
+    folder, output = precision_onnx_folder.parent, tmp_path / "onnx"
+    monkeypatch.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
+    assert export(folder, "--output_dir", output) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the exported model does not compute what PyTorch does: logits differ by ")
+    assert [path.name for path in output.iterdir()] == ["verification.json"]
+    monkeypatch.undo()
+    use_prebuilt(precision_onnx_folder, monkeypatch)
+    shutil.copytree(folder, tmp_path / "quantized", ignore=shutil.ignore_patterns("onnx"))
+    assert export(tmp_path / "quantized", "--output_dir", output) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" bits on average")
+    session = ort.InferenceSession(str(output / MODEL_FILE), providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[-1].name == "present.2.value"
+
+
+def test_a_folder_of_look_up_tables_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_any_precision(tiny_any_precision(), tmp_path / "tables")
+    assert export(tmp_path / "tables") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("…")]
+    (error,) = errors
+    assert error.startswith("error: ")
+    assert error.endswith("to export, quantize the original with modcompile.quantize")
+    assert not (tmp_path / "tables" / "onnx").exists()

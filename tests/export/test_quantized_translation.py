@@ -1,16 +1,21 @@
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modcompile.export.build_model import build_model
+from modcompile.export.session import MODEL_FILE
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.precision_config import PrecisionRouterConfig, QuantizationConfig
 from modcompile.quantizing import quantize_base
 from tests.model_inputs import ModelInputs, make_inputs
-from tests.tiny_models import tiny_model
+from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 _LAYERS = 3
 _BITS = (4, 8, 16)
@@ -97,3 +102,54 @@ def test_parts_that_precisions_share_are_stored_once(built: _Built) -> None:
     readers = {value.name: len(value.uses()) for value in codes}
     assert set(readers.values()) == {1, 2}
     assert sum(count == 2 for count in readers.values()) == len(readers) / 2
+
+
+_WIDE = LlamaConfig(
+    hidden_size=512,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=128,
+)
+_UNPREPARED = 10
+"""Weights that ONNX Runtime has not prepared make this model take more than 40 times as long."""
+
+
+def _prepared(precisions: list[int], folder: Path) -> tuple[float, ir.Model]:
+    """The median seconds of a token, all blocks at the lowest precision, and the model as ONNX Runtime optimized it."""
+    torch.manual_seed(0)
+    checkpoint = quantize_base(LlamaForCausalLM(_WIDE).eval(), QuantizationConfig(precisions=precisions))
+    layerwise = LayerwiseQuantizeForCausalLM(checkpoint, PrecisionRouterConfig())
+    folder.mkdir()
+    ir.save(build_model(layerwise.export_graph()), folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+    optimized = folder / "optimized.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.optimized_model_filepath = str(optimized)
+    session = ort.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
+    ids, past = np.array([[7]]), np.zeros((1, 8, 0, 64), np.float32)
+    feeds = {value.name: past for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+    feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.zeros_like(ids)}
+    feeds["precision_bias"] = np.array([np.inf, *[0] * (len(precisions) - 1)], np.float32) * np.ones((2, 1), np.float32)
+    seconds = []
+    for _ in range(9):
+        start = perf_counter()
+        session.run(["logits"], feeds)
+        seconds.append(perf_counter() - start)
+    return median(seconds), ir.load(optimized)
+
+
+def test_weights_of_branches_are_prepared_as_those_of_one_precision(tmp_path: Path) -> None:
+    """A ratio, with a margin that no load of the machine bridges."""
+    alone, _ = _prepared([4], tmp_path / "alone")
+    for precisions in ([4, 8], [4, 8, 16]):
+        seconds, optimized = _prepared(precisions, tmp_path / str(len(precisions)))
+        assert seconds / alone < _UNPREPARED
+        conditionals = [node for node in optimized.graph if node.op_type == "If"]
+        branches = [attribute.as_graph() for node in conditionals for attribute in node.attributes.values()]
+        found = sum(map(_products, [optimized.graph, *branches]))
+        assert found == sum(node.op_type == "MatMulNBits" for node in optimized.graph.all_nodes()) > 0
+        assert not any(node.op_type == "If" for branch in branches for node in branch)

@@ -9,6 +9,8 @@ import torch
 
 from modcompile.errors import ArtifactError, ConfigError
 from modcompile.export.session import MODEL_FILE, RoutedSession
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from tests.tiny_quantized import BITS, NUM_LAYERS
 from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
 
 Thresholds = float | Sequence[float] | None
@@ -104,6 +106,111 @@ def test_artifact_without_routes(session: RoutedSession, silent_onnx_folder: Pat
 
 def test_takes_a_number_of_threads(model_file: Path) -> None:
     assert run_whole(RoutedSession(model_file, num_threads=1)) == run_whole(RoutedSession(model_file, num_threads=2))
+
+
+@pytest.fixture
+def choosing(precision_onnx_folder: Path) -> RoutedSession:
+    """Of an artifact that chooses precisions and tells them."""
+    return RoutedSession(precision_onnx_folder / MODEL_FILE, providers=["CPUExecutionProvider"])
+
+
+def told_bits(session: RoutedSession, tokens: torch.Tensor, mask: torch.Tensor) -> list[np.ndarray]:
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = session.empty_cache(len(tokens))
+    _, _, told = session.run(tokens.numpy(), mask.numpy(), positions.numpy(), cache)
+    assert list(told) == [f"precision.{layer}" for layer in range(NUM_LAYERS)]
+    return list(told.values())
+
+
+def test_tells_which_layers_choose_precisions(choosing: RoutedSession, session: RoutedSession) -> None:
+    assert (choosing.precision_layers, choosing.routed_layers) == ((0, 1, 2), ())
+    assert (choosing.bias_shape, choosing.num_thresholds) == ((NUM_LAYERS, len(BITS)), 0)
+    assert (session.precision_layers, session.bias_shape) == ((), (0, 0))
+
+
+@pytest.mark.parametrize("bias", [None, [[0.0, 0.3, -0.3]] * 2 + [[-9.0, 0.0, 0.0]]], ids=["own", "biased"])
+def test_told_bits_are_those_of_pytorch(
+    choosing: RoutedSession, precision_onnx_folder: Path, bias: list[list[float]] | None
+) -> None:
+    model = LayerwiseQuantizeForCausalLM.from_quantized(precision_onnx_folder.parent)
+    if bias is not None:
+        model.set_precision_bias(torch.tensor(bias))
+    choosing.set_precision_bias(bias)
+    found = set()
+    for row in range(8):
+        tokens = torch.randint(VOCAB_SIZE, (2, 6), generator=torch.Generator().manual_seed(row))
+        mask = torch.ones_like(tokens)
+        mask[0, :2] = 0
+        expected = model.infer_forward(tokens, mask).num_bits
+        assert expected is not None
+        for told, of_layer in zip(told_bits(choosing, tokens, mask), expected, strict=True):
+            assert told.dtype == np.int64
+            np.testing.assert_array_equal(told, of_layer.numpy())
+            found |= set(told.flatten().tolist())
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        (np.array([np.inf, 0, 0]), [2, 2, 2]),
+        ([0, 0, 1e4], [16, 16, 16]),
+        ([[0, 1e4, 0]], [4, 4, 4]),
+        ([[0, 1e4, 0], [1e4, 0, 0], [0, 0, 1e4]], [4, 2, 16]),
+    ],
+    ids=["infinity", "row", "matrix of a row", "matrix"],
+)
+def test_a_bias_forces_precisions(choosing: RoutedSession, bias: object, expected: list[int]) -> None:
+    tokens = random_tokens(2, 5)
+    own = told_bits(choosing, tokens, torch.ones_like(tokens))
+    choosing.set_precision_bias(bias)
+    forced = told_bits(choosing, tokens, torch.ones_like(tokens))
+    assert [set(bits.flatten().tolist()) for bits in forced] == [{bits} for bits in expected]
+    choosing.set_precision_bias(None)
+    np.testing.assert_array_equal(told_bits(choosing, tokens, torch.ones_like(tokens)), own)
+
+
+def test_a_bias_of_one_number_changes_nothing(choosing: RoutedSession) -> None:
+    tokens = random_tokens(1, 5)
+    own = told_bits(choosing, tokens, torch.ones_like(tokens))
+    choosing.set_precision_bias(7.0)
+    np.testing.assert_array_equal(told_bits(choosing, tokens, torch.ones_like(tokens)), own)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ([0.0, 1.0], r"a precision bias must be numbers of shape \(3, 3\)"),
+        (np.zeros((2, 3)), r"a precision bias must be numbers of shape \(3, 3\)"),
+        (np.zeros((1, 3, 3)), r"a precision bias must be numbers of shape \(3, 3\)"),
+        ([[0.0], [0.0, 1.0]], r"a precision bias must be numbers of shape \(3, 3\)"),
+        ("high", r"a precision bias must be numbers of shape \(3, 3\)"),
+        ([0.0, np.nan, 0.0], "a precision bias holds NaN"),
+    ],
+)
+def test_rejects_a_bias_and_keeps_the_one_before(choosing: RoutedSession, bias: object, message: str) -> None:
+    choosing.set_precision_bias([0, 1e4, 0])
+    with pytest.raises(ConfigError, match=message):
+        choosing.set_precision_bias(bias)
+    tokens = random_tokens(1, 5)
+    assert {bits for told in told_bits(choosing, tokens, torch.ones_like(tokens)) for bits in told.flatten()} == {4}
+
+
+@pytest.mark.parametrize("bias", [0.0, [0.0], [0.0, 1.0]])
+def test_an_artifact_that_does_not_choose_takes_no_bias(session: RoutedSession, bias: object) -> None:
+    own = run_whole(session)
+    with pytest.raises(ConfigError, match="that does not choose precisions; leave it out"):
+        session.set_precision_bias(bias)
+    session.set_precision_bias(None)
+    assert run_whole(session) == own
+
+
+def test_names_the_file_that_it_cannot_run(session: RoutedSession) -> None:
+    """Positions that are not there: an error of ours, of one line."""
+    tokens = random_tokens(1, 5).numpy()
+    with pytest.raises(ArtifactError, match=r"can't run .*model\.onnx: ") as caught:
+        session.run(tokens, np.ones((1, 3), np.int64), np.arange(5)[None], session.empty_cache(1))
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_file_says_how_to_make_it(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from transformers import GenerationConfig
 
@@ -84,6 +85,41 @@ def test_artifact_that_does_not_tell_its_routes(silent_onnx_folder: Path, capsys
     main([str(silent_onnx_folder), "--prompt", PROMPT, "--runtime", "onnx", "--max_new_tokens", "1"])
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"1 new token, prefill \d+\.\d tokens/s, active ratio not told .* --emit_routing\)", line)
+
+
+def test_tells_average_bits_in_onnx(precision_onnx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the prompt, those that PyTorch tells; new tokens may differ, as activations are rounded in one only."""
+    folder, flags = precision_onnx_folder.parent, ["--max_new_tokens", "4"]
+    lines = {}
+    for runtime in ("torch", "onnx"):
+        main([str(folder), "--prompt", PROMPT, "--runtime", runtime, *flags])
+        captured = capsys.readouterr()
+        assert captured.out.startswith(PROMPT)
+        lines[runtime] = captured.err.splitlines()[-1]
+    told = r"average bits \d+\.\d\d in the prompt"
+    (of_torch, of_onnx) = (re.search(told, lines[runtime]) for runtime in ("torch", "onnx"))
+    assert of_torch is not None and of_onnx is not None
+    assert of_torch[0] == of_onnx[0]
+    rates = r"prefill \d+\.\d tokens/s, decode \d+\.\d tokens/s"
+    assert re.fullmatch(rf"4 new tokens, {rates}, {told}, \d+\.\d\d in new tokens", lines["onnx"])
+
+
+def test_artifact_that_does_not_tell_its_precisions(
+    precision_onnx_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = Path(shutil.copytree(precision_onnx_folder, tmp_path / "onnx"))
+    model = ir.load(silent / MODEL_FILE)
+    model.graph.outputs[:] = [value for value in model.graph.outputs if not str(value.name).startswith("precision.")]
+    ir.save(model, silent / MODEL_FILE)
+    main([str(silent), "--prompt", PROMPT, "--runtime", "onnx", "--max_new_tokens", "1"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(", average bits not told by this artifact (export it with --emit_routing)")
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_a_threshold_needs_gates(precision_onnx_folder: Path, runtime: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--hard_threshold needs depth gates, which .* has not; leave it out$"):
+        main([str(precision_onnx_folder.parent), "--prompt", PROMPT, "--runtime", runtime, "--hard_threshold", "0.5"])
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])

@@ -113,7 +113,6 @@ def test_names_a_range_without_layers(quantized_folder: Path, router_stop: int) 
         LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=RouterConfig(router_stop=router_stop))
 
 
-@pytest.mark.parametrize("scope", ["sequence"], indirect=True)
 def test_training_while_hard_is_what_a_row_alone_gets(
     layerwise: LayerwiseQuantizeForCausalLM, inputs: ModelInputs
 ) -> None:
@@ -132,5 +131,6 @@ def test_training_while_hard_is_what_a_row_alone_gets(
 
 def _bits_of(output: PrecisionCausalLMOutput, layer: int, precisions: list[int], row: int) -> torch.Tensor:
     assert output.precision_weights is not None and output.gates is not None and output.tokens is not None
+    # Of sequences a row for all of its tokens, of tokens one each.
     bits = (output.precision_weights[layer][row] @ torch.tensor(precisions).float()).expand(output.tokens.shape[1])
     return bits * output.gates[layer][row, :, 0] if layer in output.gates else bits

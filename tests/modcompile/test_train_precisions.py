@@ -47,15 +47,16 @@ def test_trains_a_quantized_folder_in_place_and_not_again_until_told(
 ) -> None:
     folder = Path(shutil.copytree(quantized_folder, "mine"))
     before = contents(folder)
-    budget = ["--precision_weight", "3", "--ce_weight", "0.5", "--avg_bits_target", "2.5"]
-    _train("mine", *data, *budget, "--router_scope", "token", "--gradient_checkpointing", "--router_dropout", "0.1")
+    weights = ["--precision_weight", "3", "--ce_weight", "0.5", "--avg_bits_target", "2.5"]
+    _train("mine", *data, *weights, "--router_scope", "token", "--gradient_checkpointing", "--router_dropout", "0.1")
     assert "wrote mine" in capsys.readouterr().out
     assert _changed(folder, before) == _RESULTS
     config = PrecisionRouterConfig("token", "soft", 0.1)
     assert read_precision_router_config(folder) == (config, BITS)
     training = read_report(folder)["training"]
     assert (training["steps"], training["precisions"]) == (2, BITS)
-    assert training["budget"] == {"precision_weight": 3.0, "ce_weight": 0.5, "avg_bits_target": 2.5, "static_start_samples": 8}
+    budget = {"precision_weight": 3.0, "ce_weight": 0.5, "avg_bits_target": 2.5, "static_start_samples": 8}
+    assert training["budget"] == budget
     assert "depth_budget" not in training
     metrics = training["metrics"]
     charged = max(metrics["eval_average_bits"] - 2.5, 0) / 16
