@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from modcompile.export.hoist_shared import HoistShared
-from tests.export.onnx_text import Arrays, assert_left_alone, assert_same, operators, rewritten
+from tests.export.onnx_text import Arrays, assert_left_alone, assert_same, model_of, operators, rewritten
 
 LAYERS = """
 layers (float[B, T, 4] x, float[B, T] angle, bool first, bool second) => (float[B, T, 4] z)
@@ -71,6 +71,16 @@ def test_leaves_the_product_with_a_weight_of_one_layer_where_it_may_be_skipped()
     branches = [operators(node.attributes["then_branch"].as_graph()) for node in model.graph if node.op_type == "If"]
     assert branches == [["Mul", "Mul", "Mul"], ["Mul", "Mul"]]
     assert_same(model, graph, feeds())
+
+
+def test_leaves_what_the_chain_of_one_layer_reads_where_it_may_be_skipped() -> None:
+    model = model_of(LAYERS)
+    chain = [node for node in model.graph if node.op_type == "If"]
+    for node, name in zip(chain, ("blocks.0.if", "blocks.0.if_1"), strict=True):
+        node.name = name
+    assert not HoistShared()(model).modified
+    chain[1].name = "blocks.1.if"
+    assert HoistShared()(model).modified
 
 
 def test_leaves_the_results_of_branches_in_them() -> None:
