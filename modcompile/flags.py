@@ -9,7 +9,15 @@ from modcompile.errors import ConfigError
 
 
 class _OneLineParser(HfArgumentParser):
-    """Leaves the usage, some hundred lines for the flags of training, to --help."""
+    """Leaves the usage, some hundred lines for the flags of training, to --help.
+
+    A field that is true by default may name the flag that makes it false, as `negated` in its metadata, beside --no_….
+    """
+
+    def add_argument(self, *names: Any, negated: str | None = None, **options: Any) -> Any:
+        if negated is not None and options.get("action") == "store_false":
+            names += (negated,)
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")

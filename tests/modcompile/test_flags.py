@@ -15,6 +15,7 @@ class _Options:
     width: int = field(default=3, metadata={"help": "How wide."})
     shape: Literal["round", "square"] = field(default="round", metadata={"help": "Which shape."})
     deep: bool = field(default=False, metadata={"help": "Whether it is deep."})
+    smooth: bool = field(default=True, metadata={"help": "Whether it is smooth.", "negated": "--rough"})
 
     def __post_init__(self) -> None:
         check("width", self.width, at_least=1)
@@ -30,6 +31,12 @@ def test_one_instance_for_each_dataclass_and_the_positional_argument() -> None:
     parsed = parse_flags("test", None, ("name", "A name."), [_Options, _Output], argv)
     assert parsed == (_Options(5, "round", True), _Output("out"), "model")
     assert parse_flags("test", None, None, [_Options], []) == (_Options(),)
+
+
+@pytest.mark.parametrize("flag", ["--rough", "--no_smooth"])
+def test_what_makes_a_flag_false_may_have_a_name(flag: str) -> None:
+    (parsed,) = parse_flags("test", None, None, [_Options], [flag])
+    assert not parsed.smooth
 
 
 @pytest.mark.parametrize(
