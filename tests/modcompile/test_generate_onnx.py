@@ -21,9 +21,8 @@ from tests.tiny_routed import tiny_base
 def folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized folder with its export; not to be changed. Its routers, untrained, choose the original weights."""
     path = tmp_path_factory.mktemp("quantized") / "tiny"
-    write_quantized_folder(
-        quantize_base(tiny_base(), QuantizationConfig(precisions=[4, 16], group_size=32)), tokenizer, path
-    )
+    config = QuantizationConfig(precisions=[4, 16], group_size=32, method="rtn")
+    write_quantized_folder(quantize_base(tiny_base(), config), tokenizer, path)
     model = LayerwiseQuantizeForCausalLM.from_quantized(path)
     (path / "onnx").mkdir()
     ir.save(build_model(model.export_graph()), path / "onnx" / MODEL_FILE)
