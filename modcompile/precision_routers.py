@@ -78,6 +78,13 @@ class RoundedLinear(nn.Linear):
         super().__init__(in_features, out_features)
         self._rounded: tuple[tuple[int, int, torch.device], torch.Tensor] | None = None
 
+    def train(self, mode: bool = True) -> "RoundedLinear":
+        """Forget the rounded weight when a training begins: some optimizers change weights without a trace."""
+        if mode:
+            self._rounded = None
+        super().train(mode)
+        return self
+
     def packed(self) -> PackedWeight:
         """The weight at 8 bits."""
         return PackedWeight.of(quantize(self.weight.detach().cpu(), _NUM_BITS, _GROUP_SIZE))

@@ -80,6 +80,25 @@ def test_out_of_training_its_wide_weights_have_8_bits() -> None:
     torch.testing.assert_close(router(_HIDDEN, _WEIGHTS), router.train()(_HIDDEN, _WEIGHTS))
 
 
+def test_rounds_again_after_a_training() -> None:
+    """The fused optimizer of the HF Trainer changes weights without counting their versions up."""
+    router = _trained().eval()
+    before = router(_HIDDEN, _WEIGHTS)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, fused=True)
+    router.train()(_HIDDEN, _WEIGHTS).square().sum().backward()
+    optimizer.step()
+    after = router.eval()(_HIDDEN, _WEIGHTS)
+    torch.testing.assert_close(after, _expected_of_copy(router))
+    assert not torch.allclose(after, before)
+
+
+def _expected_of_copy(router: PrecisionRouter) -> torch.Tensor:
+    copy = _router()
+    copy.load_state_dict(router.state_dict())
+    logits: torch.Tensor = copy.eval()(_HIDDEN, _WEIGHTS)
+    return logits
+
+
 def test_gradients_pass_the_rounding() -> None:
     router = _trained().eval()
     router(_HIDDEN, _WEIGHTS).square().sum().backward()

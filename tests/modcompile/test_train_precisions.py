@@ -72,7 +72,8 @@ def test_trains_a_quantized_folder_in_place_and_not_again_until_told(
     assert contents(folder) == before
     # Goes on with what the folder holds, for some of the precisions.
     _train("mine", *data, "--overwrite_output_dir", "--precisions", "16", "2")
-    assert _changed(folder, before) == _RESULTS
+    # What they choose, from the static start on, may be the same.
+    assert _changed(folder, before) | {"training_choices.png"} == _RESULTS
     assert read_precision_router_config(folder) == (config, [2, 16])
     assert LayerwiseQuantizeForCausalLM.from_quantized(folder).precisions == [2, 16]
 
