@@ -53,9 +53,12 @@ def test_a_bug_keeps_its_traceback() -> None:
         assert raised.value is bug
 
 
+# A shell that starts the tests in the background has them ignore SIGINT, and what they start inherits that.
 _SCRIPT = """
-import sys, time
+import signal, sys, time
 from modcompile.cli import run
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main():
     {body}

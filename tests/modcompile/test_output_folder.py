@@ -129,11 +129,13 @@ def test_a_move_that_fails_puts_the_old_folder_back(ours: Path) -> None:
     assert _names(ours.parent) == ["ours"]
 
 
+# A shell that starts the tests in the background has them ignore SIGINT, and what they start inherits that.
 _SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from modcompile.output_folder import staged_folder
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 {prelude}
 with staged_folder(sys.argv[1], overwrite=False, is_ours=lambda folder: True) as staging:
     (staging / "marker").write_text("half")
