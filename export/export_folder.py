@@ -70,7 +70,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
-        VerificationError: ONNX Runtime does not compute what PyTorch does.
+        VerificationError: ONNX Runtime does not compute what PyTorch does, or no input can show that it does.
         OutputError: `output` can't be written, is not ours to replace, or is or holds `source`.
     """
     target, origin = check_writable_target(output, overwrite=overwrite, is_ours=is_onnx_folder), source.resolve()
@@ -80,6 +80,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
     with _timed("loading and tracing", seconds):
         model = load_exportable(source, config)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
+        subject, cases = model.verification(_texts(model.config, tokenizer))
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         with _timed("lowering to ONNX", seconds):
             onnx_model = build_model(model.graph(), emit_routing=config.emit_routing)
@@ -90,7 +91,6 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
         with _timed("verifying", seconds):
-            subject, cases = model.verification(_texts(model.config, tokenizer))
             verification = verify_model(subject, staging, cases)
         if not verification.passed:
             for file in list(staging.iterdir()):

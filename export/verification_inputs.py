@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from modcompile.export.module_outputs import module_outputs
 from modcompile.modeling import RoutedForCausalLM
 
 NUM_DECODE_STEPS = 16
@@ -85,40 +86,26 @@ def _fill(tokens: Sequence[int], length: int) -> tuple[int, ...]:
 
 
 def _halving_thresholds(model: RoutedForCausalLM, prefills: Sequence[Sequence[int]]) -> list[float]:
-    """For each layer a threshold that splits the tokens about in half, in the widest gap near the median.
+    """For each layer a threshold that splits the tokens about in half."""
+    before = model.hard_thresholds
+    model.set_router_mode(None)
+    with module_outputs(model.routers) as logits, torch.no_grad():
+        for prefill in prefills:
+            model(torch.tensor([prefill], device=model.device))
+    model.set_router_mode(before)
+    return [splitting_threshold(torch.cat([each.flatten() for each in of_layer])) for of_layer in logits.values()]
+
+
+def splitting_threshold(router_logits: torch.Tensor) -> float:
+    """What splits the gates of logits `[N]` about in half: a threshold in their widest gap near the median.
 
     In a gap, so that a rounding error does not decide a route. Where gates near the median are all but equal (a router
     that was never trained says the same of every token), the widest gap anywhere must do, and may split nothing.
     """
-    gates: list[list[torch.Tensor]] = []
-    before = model.hard_thresholds
-    model.set_router_mode(None)
-    with torch.no_grad():
-        for prefill in prefills:
-            logits = _router_logits(model, torch.tensor([prefill], device=model.device))
-            gates.append([layer.flatten() for layer in logits])
-    model.set_router_mode(before)
-    thresholds = []
-    for layer in zip(*gates, strict=True):
-        values = torch.cat(layer).sigmoid().sort().values
-        low, high = int(0.3 * len(values)), max(int(0.7 * len(values)), int(0.3 * len(values)) + 1)
-        middle = values[low : high + 1]
-        if middle.diff().max() < _MIN_GAP:
-            middle = torch.cat([torch.zeros(1), values, torch.ones(1)])
-        gap = int(middle.diff().argmax())
-        thresholds.append(float((middle[gap] + middle[gap + 1]) / 2))
-    return thresholds
-
-
-def _router_logits(model: RoutedForCausalLM, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    handles = [
-        router.register_forward_hook(lambda _module, _args, output: found.append(output))
-        for router in model.routers.values()
-    ]
-    try:
-        model(input_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    values = router_logits.sigmoid().sort().values
+    low, high = int(0.3 * len(values)), max(int(0.7 * len(values)), int(0.3 * len(values)) + 1)
+    middle = values[low : high + 1]
+    if middle.diff().max() < _MIN_GAP:
+        middle = torch.cat([torch.zeros(1), values, torch.ones(1)])
+    gap = int(middle.diff().argmax())
+    return float((middle[gap] + middle[gap + 1]) / 2)

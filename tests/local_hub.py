@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, *args: object, **kwargs: object) -> None:
         """Nothing on stderr."""
 
     def _answer(self) -> None:

@@ -9,8 +9,8 @@ from modcompile.errors import OutputError
 
 
 def test_tells_a_full_disk_from_other_errors() -> None:
-    with pytest.raises(OSError, match="No space") as full, open("/dev/full", "wb", buffering=0) as file:  # noqa: PTH123
-        file.write(b"x")
+    with pytest.raises(OSError, match="No space") as full:
+        Path("/dev/full").write_bytes(b"x")
     assert disk_full_reason(full.value) == "the disk is full"
     with pytest.raises(OSError, match="No such file") as missing:
         Path("/missing/file").read_bytes()

@@ -81,12 +81,14 @@ def test_takes_an_empty_folder(tmp_path: Path) -> None:
 
 def test_refuses_what_was_put_there_in_the_meantime(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with (  # noqa: PT012
-        pytest.raises(OutputError, match="was not made by modcompile"),
-        staged_folder(target, overwrite=False, is_ours=_has_marker),
-    ):
+
+    @staged_folder(target, overwrite=False, is_ours=_has_marker)
+    def interfere() -> None:
         target.mkdir()
         (target / "thesis.tex").touch()
+
+    with pytest.raises(OutputError, match="was not made by modcompile"):
+        interfere()
     assert _names(tmp_path) == ["out"]
     assert _names(target) == ["thesis.tex"]
 
@@ -100,15 +102,17 @@ def test_replaces_the_folder_that_a_link_leads_to(ours: Path, tmp_path: Path) ->
     assert (ours / "marker").read_text() == "new"
 
 
+def _write_half_and_raise(target: Path, error: BaseException) -> None:
+    with staged_folder(target, overwrite=False, is_ours=_has_marker) as staging:
+        (staging / "marker").write_text("half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [DataError("no texts"), KeyboardInterrupt(), ZeroDivisionError()])
 def test_an_error_leaves_what_was_there(ours: Path, error: BaseException) -> None:
     for target in (ours, ours.with_name("new")):
-        with (  # noqa: PT012
-            pytest.raises(type(error)) as raised,
-            staged_folder(target, overwrite=False, is_ours=_has_marker) as staging,
-        ):
-            (staging / "marker").write_text("half")
-            raise error
+        with pytest.raises(type(error)) as raised:
+            _write_half_and_raise(target, error)
         assert raised.value is error
         assert _names(ours.parent) == ["ours"]
         assert (ours / "marker").read_text() == "old"
@@ -122,9 +126,11 @@ def test_a_move_that_fails_puts_the_old_folder_back(ours: Path) -> None:
             shutil.rmtree(staging)
         return True
 
-    with pytest.raises(OutputError, match=r"ours can't be written \(No such file"):  # noqa: SIM117
-        with staged_folder(ours, overwrite=False, is_ours=is_ours) as staging:
-            staged.append(staging)
+    with (
+        pytest.raises(OutputError, match=r"ours can't be written \(No such file"),
+        staged_folder(ours, overwrite=False, is_ours=is_ours) as staging,
+    ):
+        staged.append(staging)
     assert (ours / "marker").read_text() == "old"
     assert _names(ours.parent) == ["ours"]
 

@@ -41,8 +41,13 @@ def test_keeps_the_seconds_up_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_gives_transformers_its_voice_back() -> None:
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    with pytest.raises(ValueError, match="inside"), quiet_transformers():  # noqa: PT012
+
+    @quiet_transformers()
+    def fail() -> None:
         assert transformers_logging.get_verbosity() == logging.ERROR
         assert not transformers_logging.is_progress_bar_enabled()
         raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
