@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from modcompile.any_precision import LookupWeight
 from modcompile.build_base import build_base
-from modcompile.checkpoint_files import CONFIG, read_config, weight_files
+from modcompile.checkpoint_files import CONFIG, has_safetensors, read_config, weight_files
 from modcompile.errors import ArtifactError, CheckpointError
 from modcompile.quantized_folder import choose_precisions
 
@@ -100,7 +100,7 @@ def _available_precisions(folder: Path) -> list[int]:
 
 def _load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     # The format's own packer writes a pickle only, so that one is read, by `weights_only`, which runs no code of it.
-    if (folder / _PICKLE).is_file() and not any(folder.glob("*.safetensors")):
+    if (folder / _PICKLE).is_file() and not has_safetensors(folder):
         return _load_pickle(folder / _PICKLE)
     state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):

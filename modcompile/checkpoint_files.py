@@ -53,6 +53,11 @@ def check_weights(folder: Path) -> dict[str, str]:
     return dtypes
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether it holds weights as safetensors, whole or in part; files of other names are not its weights."""
+    return any((folder / name).is_file() for name in (_WEIGHTS, _WEIGHTS_INDEX))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights.
 

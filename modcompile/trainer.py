@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from modcompile.errors import ConfigError
 from modcompile.precision_usage import PrecisionUsage
 from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
@@ -105,6 +106,14 @@ class RouterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._task.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ConfigError(
+                f"{checkpoint} is of a training of other parameters; give the flags of its training"
+            ) from error
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

@@ -16,6 +16,7 @@ from modcompile.packing import load_blocks
 from modcompile.progress import show_elapsed
 from modcompile.router_task import RouterTask
 from modcompile.share_of_parameters import share_of_parameters
+from modcompile.text_loss import count_predicted_tokens
 from modcompile.trainer import RouterTrainer
 from modcompile.training_arguments import RouterTrainingArguments
 from modcompile.training_checkpoints import find_training_checkpoint, training_checkpoints
@@ -28,12 +29,15 @@ def load_training_blocks(
     """The splits `train` and `validation`, tokenized for a model and cut into blocks.
 
     Raises:
-        DataError: the data can't be read or used, or the model has no tokenizer.
+        DataError: the data can't be read or used, or the model has no tokenizer, or one of another model.
         ConfigError: the sequence length is above the model's positions.
     """
     if tokenizer is None:
         raise DataError("the model has no tokenizer to make text into tokens with; add its tokenizer files")
-    return load_blocks(data, tokenizer, max_positions=getattr(config, "max_position_embeddings", None))
+    blocks = load_blocks(data, tokenizer, max_positions=getattr(config, "max_position_embeddings", None))
+    for part in blocks.values():
+        count_predicted_tokens(part, config.vocab_size)  # refuses tokens that the model does not have
+    return blocks
 
 
 class RouterTraining(Protocol):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from modcompile.passes.token_mask import token_mask_of
+
 
 class PrecisionInputs(nn.Module):
     """What the decisions of all layers share.
@@ -26,29 +28,26 @@ class PrecisionInputs(nn.Module):
         return token_mask, token_weights_of(token_mask), has_tokens, *torch.unbind(precision_bias)
 
 
-def token_mask_of(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Which of the new tokens of a call are not padding, bool `[B, T, 1]`."""
-    return (attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :] != 0).unsqueeze(-1)
-
-
 def token_weights_of(token_mask: torch.Tensor) -> torch.Tensor:
     """What makes a sum over a row the mean of its tokens, float32 `[B, T, 1]`; zeros for a row of padding."""
     return token_mask.float() / token_mask.sum(1, keepdim=True).clamp(min=1)
 
 
-class DecideForSequences(nn.Module):
+class _Decision(nn.Module):
+    num_bits: torch.Tensor
+
+    def __init__(self, router: nn.Module, num_bits: Sequence[int], score: nn.Module | None = None) -> None:
+        super().__init__()
+        self.router, self.score = router, score
+        self.register_buffer("num_bits", torch.tensor(list(num_bits)), persistent=False)
+
+
+class DecideForSequences(_Decision):
     """One version for a call: the highest precision that any row asks for.
 
     Returns a boolean `[]` for each version, then the bits that each token is computed with, int64 `[B, T]`; with a
     `score`, version 0 is to skip, for calls in which no token is open, and `is_open [B, T, 1]` comes last.
     """
-
-    num_bits: torch.Tensor
-
-    def __init__(self, router: nn.Module, precisions: Sequence[int], score: nn.Module | None = None) -> None:
-        super().__init__()
-        self.router, self.score = router, score
-        self.register_buffer("num_bits", torch.tensor(list(precisions)), persistent=False)
 
     def forward(
         self,
@@ -72,20 +71,15 @@ class DecideForSequences(nn.Module):
         return *chosen, bits * (is_open & token_mask).squeeze(-1), is_open
 
 
-class DecideForTokens(nn.Module):
+class DecideForTokens(_Decision):
     """A version for every token, and one more, that mixes them, for calls whose tokens differ.
 
     Returns a boolean `[]` for each version and for the mixed one, the bits of each token, int64 `[B, T]`, and the
     version of each token, int64 `[B, T, 1]`; with a `score`, version 0 is to skip.
     """
 
-    num_bits: torch.Tensor
-
     def __init__(self, router: nn.Module, precisions: Sequence[int], score: nn.Module | None = None) -> None:
-        super().__init__()
-        self.router, self.score = router, score
-        bits = list(precisions) if score is None else [0, *precisions]
-        self.register_buffer("num_bits", torch.tensor(bits), persistent=False)
+        super().__init__(router, precisions if score is None else [0, *precisions], score)
 
     def forward(
         self,

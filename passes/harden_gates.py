@@ -33,6 +33,7 @@ from torch import fx, nn
 
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.outlined_form import called_modules, copy_graph, results, routed_calls
+from modcompile.passes.token_mask import token_mask_of
 
 
 class RoutingInputs(nn.Module):
@@ -48,7 +49,7 @@ class RoutingInputs(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_threshold: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        token_mask = (attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :] != 0).unsqueeze(-1)
+        token_mask = token_mask_of(input_ids, attention_mask)
         threshold = routing_threshold.clamp(0, 1)
         of_tokens = torch.log(threshold / (1 - threshold)) - torch.cat(list(self.biases))
         of_padding = torch.where(threshold > 0, float("inf"), float("-inf"))

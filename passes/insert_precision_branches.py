@@ -30,11 +30,12 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from modcompile.passes.decide_precision import token_mask_of, token_weights_of
+from modcompile.passes.decide_precision import token_weights_of
 from modcompile.passes.mix_branches import WeightedSum, mix_branches
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, num_outputs, results
 from modcompile.passes.sampled_branches import SampledBranches
 from modcompile.passes.skip_block import skip_block
+from modcompile.passes.token_mask import token_mask_of
 
 
 class TokenWeights(nn.Module):

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from modcompile.config import RouterConfig
+from modcompile.errors import VerificationError
 from modcompile.export.precision_cases import precision_cases
 from modcompile.export.verification_inputs import NUM_TEXTS, Case
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.routers import DepthRouter
 from tests.tiny_quantized import BITS, NUM_LAYERS, let_routers_decide
 
 TEXTS = [[(row * 37 + index * 11) % 300 for index in range(100)] for row in range(NUM_TEXTS)]
@@ -123,13 +126,37 @@ def test_leaves_the_model_as_it_was(model: LayerwiseQuantizeForCausalLM, cases: 
 
 
 @pytest.mark.parametrize("depth", [None, DEPTH], ids=["without gates", "gates"])
-def test_routers_that_tell_no_tokens_apart_stay_at_one_precision(
-    quantized_folder: Path, depth: RouterConfig | None
-) -> None:
-    """Those that nobody trained. Without the mean all precisions are tied, and a tie must not be left to rounding."""
+def test_refuses_routers_that_tell_no_tokens_apart(quantized_folder: Path, depth: RouterConfig | None) -> None:
+    """Those that nobody trained."""
     model = layerwise(quantized_folder, "token", depth)
+    with pytest.raises(
+        VerificationError, match=r"the router of layer 0 \(and of 2 more\) says the same of every token"
+    ):
+        precision_cases(model, TEXTS, THRESHOLD)
+    let_routers_decide(model)
+    nn.init.zeros_(model.routers[1].last.weight)
+    ids = torch.tensor([TEXTS[0]])
+    before = model.infer_forward(ids)
+    with pytest.raises(VerificationError, match="the router of layer 1 says the same of every token"):
+        precision_cases(model, TEXTS, THRESHOLD)
+    torch.testing.assert_close(model.infer_forward(ids).logits, before.logits, rtol=0, atol=0)
+
+
+def test_one_precision_differs_by_its_gates_alone(quantized_folder: Path) -> None:
+    model = LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, [4], depth=DEPTH, router_scope="token")
+    let_routers_decide(model)
+    model.set_hard_threshold(THRESHOLD)
     case = precision_cases(model, TEXTS, THRESHOLD)[-1]
     assert case.name == "tokens at different bits"
-    assert all(abs(value) <= 1.001 for row in case.precision_bias for value in row)
-    for of_layer in bits_of(model, case):
-        assert len(of_layer.unique()) == 1
+    for layer, bits in enumerate(bits_of(model, case)):
+        assert set(bits.tolist()) == ({0, 4} if layer in GATED else {4})
+    gate_router = model.depth_routers[2]
+    assert isinstance(gate_router, DepthRouter)
+    nn.init.zeros_(gate_router.score.down.weight)
+    with pytest.raises(VerificationError, match="the router of layer 2 says the same of every token"):
+        precision_cases(model, TEXTS, THRESHOLD)
+
+
+def test_one_precision_without_gates_needs_no_router(quantized_folder: Path) -> None:
+    model = LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, [4], router_scope="token")
+    assert "tokens at different bits" not in [case.name for case in precision_cases(model, TEXTS, THRESHOLD)]

@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[str, bool, list[int]]] = {
     "two precisions": ("sequence", False, [4, 16]),
     "one precision and gates": ("sequence", True, [4]),
     "tokens and gates": ("token", True, [4, 16]),
+    "one precision, tokens and gates": ("token", True, [4]),
 }
 
 

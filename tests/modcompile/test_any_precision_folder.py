@@ -20,6 +20,7 @@ from modcompile.errors import (
     ModcompileError,
     UnsupportedModelError,
 )
+from modcompile.precision_router_files import save_precision_routers
 from tests.model_inputs import make_inputs
 from tests.tiny_any_precision import (
     NUM_LAYERS,
@@ -27,6 +28,7 @@ from tests.tiny_any_precision import (
     tiny_any_precision,
     write_any_precision,
 )
+from tests.tiny_quantized import let_routers_decide
 from tests.tiny_routed import tiny_base
 
 _MODULE = "model.layers.1.mlp.down_proj"
@@ -143,6 +145,20 @@ def test_training_reaches_the_routers_alone(folder: Path) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert any(gradient.any() for gradient in gradients)
     assert all(parameter.grad is None for parameter in layerwise.get_frozen_parameters())
+
+
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+def test_keeps_trained_routers(copied: Path, scope: str) -> None:
+    model = LayerwiseQuantizeForCausalLM.from_quantized(copied, [3, 5], router_scope=scope)
+    let_routers_decide(model)
+    save_precision_routers(model.routers, model.router_config, model.precisions, copied)
+    again = LayerwiseQuantizeForCausalLM.from_quantized(copied)
+    assert (again.precisions, again.router_config.router_scope) == ([3, 5], scope)
+    ids = make_inputs(model.base, 2, 6, 0, "none", 0).flat[0]
+    expected, actual = model.infer_forward(ids), again.infer_forward(ids)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=0)
+    assert expected.num_bits is not None and actual.num_bits is not None
+    assert all(map(torch.equal, actual.num_bits, expected.num_bits))
 
 
 def test_exports_no_codes(layerwise: LayerwiseQuantizeForCausalLM) -> None:

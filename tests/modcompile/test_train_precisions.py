@@ -92,7 +92,7 @@ def test_quantizes_a_plain_model_first(base_folder: Path, data: list[str]) -> No
     assert read_precision_router_config(folder) == (PrecisionRouterConfig("token"), [4, 8])
     assert _changed(folder, first) == {"report.json"}
     read = read_quantized_folder(folder)
-    assert (read.precisions, read.config.group_size) == ([4, 8], 32)
+    assert (read.precisions, read.config.group_size, read.config.method) == ([4, 8], 32, "gptq")
     base = AutoModelForCausalLM.from_pretrained(base_folder).state_dict()
     stored = load_file(folder / "model.safetensors")
     assert stored.keys() == base.keys() - read.weights.keys()
@@ -144,6 +144,10 @@ def test_trains_in_another_folder_and_resumes_after_a_kill_as_if_there_had_been_
         assert contents(killed)[name] == contents(whole)[name]
     assert read_router_config(killed) == RouterConfig(router_hidden_size=8, router_dropout=0.3)
     assert before.items() <= contents(killed).items()
+    capsys.readouterr()
+    others = ["--trained_routers", "depth", "--resume_from_checkpoint", "true"]
+    said = error_of([*argv, *depth, "--output_dir", "killed", *others], capsys)
+    assert said.endswith("checkpoint-4 is of a training of other parameters; give the flags of its training")
 
 
 _OF_A_QUANTIZED_FOLDER = [

@@ -165,3 +165,8 @@ def test_blocks_are_those_of_the_data_and_the_model(train_file: Path, tokenizer:
         load_training_blocks(DataConfig(train_file=str(train_file), sequence_length=33), tokenizer, config)
     with pytest.raises(DataError, match="the model has no tokenizer"):
         load_training_blocks(DataConfig(train_file=str(train_file)), None, config)
+    config = LlamaConfig(vocab_size=99)
+    with pytest.raises(
+        DataError, match=r"the text has the token \d+, but the model has 99: it was tokenized for another"
+    ):
+        load_training_blocks(DataConfig(train_file=str(train_file)), tokenizer, config)
