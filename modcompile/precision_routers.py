@@ -79,9 +79,8 @@ class RoundedLinear(nn.Linear):
         self._rounded: tuple[tuple[int, int, torch.device], torch.Tensor] | None = None
 
     def train(self, mode: bool = True) -> "RoundedLinear":
-        """Forget the rounded weight when a training begins: some optimizers change weights without a trace."""
-        if mode:
-            self._rounded = None
+        """Forget the rounded weight: some optimizers change weights without a trace."""
+        self._rounded = None
         super().train(mode)
         return self
 

@@ -53,6 +53,20 @@ class SoftGate(nn.Module):
         return torch.sigmoid(router_logits)
 
 
+class HardenedGate(nn.Module):
+    """`router_logits` → what another gate makes of them; while `hard`, 0 or 1, as at a threshold of 0.5."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.hard = gate, False
+
+    def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
+        if self.hard:
+            return (router_logits > 0).to(router_logits.dtype)
+        gate: torch.Tensor = self.gate(router_logits)
+        return gate
+
+
 class StraightThroughGate(nn.Module):
     """`router_logits` → gate in {0, 1}: `sigmoid(router_logits) > 0.5` forward, the sigmoid's gradient backward.
 

@@ -62,7 +62,7 @@ class DecideForSequences(_Decision):
         # A row of nothing but padding asks for nothing.
         choice = (choice * has_tokens).max()
         chosen = [choice == index for index in range(len(self.num_bits))]
-        bits = self.num_bits[choice].expand(hidden.shape[0], hidden.shape[1])
+        bits = self.num_bits[choice.view(1)].expand(hidden.shape[0], hidden.shape[1])
         if self.score is None:
             return *chosen, bits.clone()
         is_open = self.score(hidden) > least_score

@@ -172,6 +172,16 @@ def test_generates_step_by_step_what_it_computes_step_by_step(
     assert int(sampled.max()) < VOCAB_SIZE
 
 
+def test_generates_amid_a_training_what_it_generates_after(folder: Path, model: PreTrainedModel) -> None:
+    layerwise = LayerwiseQuantizeForCausalLM.from_quantized(folder, router_dropout=0.5)
+    let_routers_decide(layerwise)
+    prompt = make_inputs(model, 2, 5, 0, "none", 3).input_ids
+    expected = layerwise.generate(prompt, max_length=12, do_sample=False)
+    layerwise.train()
+    assert torch.equal(layerwise.generate(prompt, max_length=12, do_sample=False), expected)
+    assert layerwise.training and all(router.training for router in layerwise.routers.values())
+
+
 def test_unfreezing_warns_and_works(folder: Path) -> None:
     layerwise = _load(folder)
     with pytest.warns(UserWarning, match="the base's parameters are unfrozen"):

@@ -129,6 +129,20 @@ def test_training_while_hard_is_what_a_row_alone_gets(
             assert bits.tolist() == used.num_bits[layer][0].tolist()
 
 
+def test_while_hard_soft_gates_are_open_or_closed(quantized_folder: Path, inputs: ModelInputs) -> None:
+    soft = RouterConfig(router_hidden_size=8, gate="soft")
+    model = LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=soft)
+    let_routers_decide(model)
+    with torch.no_grad():
+        soft_gates = model.train_forward(inputs.input_ids, inputs.attention_mask).gates
+        hard_gates = model.train_forward(inputs.input_ids, inputs.attention_mask, hard=True).gates
+    assert soft_gates is not None and hard_gates is not None
+    first, first_hard = soft_gates[0][inputs.is_token], hard_gates[0][inputs.is_token]
+    assert bool(((first > 0) & (first < 1)).all())
+    assert torch.equal(first_hard, (first > 0.5).float())
+    assert set(first_hard.flatten().tolist()) == {0.0, 1.0}
+
+
 def _bits_of(output: PrecisionCausalLMOutput, layer: int, precisions: list[int], row: int) -> torch.Tensor:
     assert output.precision_weights is not None and output.gates is not None and output.tokens is not None
     # Of sequences a row for all of its tokens, of tokens one each.

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcompile.routers import DepthRouter, SoftGate, StraightThroughGate
+from modcompile.routers import DepthRouter, HardenedGate, SoftGate, StraightThroughGate
 
 _HIDDEN, _INNER = 6, 4
 
@@ -61,6 +61,14 @@ def test_drops_out_in_training_only() -> None:
 def test_soft_gate_is_the_sigmoid() -> None:
     logits = torch.linspace(-4, 4, 9)
     torch.testing.assert_close(SoftGate()(logits), 1 / (1 + torch.exp(-logits)))
+
+
+def test_a_hardened_gate_is_open_or_closed_while_told() -> None:
+    logits = torch.tensor([-3.0, 0.0, 1e-3, 3.0])
+    gate = HardenedGate(SoftGate())
+    assert torch.equal(gate(logits), SoftGate()(logits))
+    gate.hard = True
+    assert gate(logits).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
