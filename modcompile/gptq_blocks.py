@@ -42,7 +42,8 @@ def quantize_blocks(
     for call in tqdm(block_calls(gm.graph), "Quantizing", unit="block", delay=2, leave=False):
         block = gm.get_submodule(str(call.target))
         assert isinstance(block, fx.GraphModule)
-        uses = find_linears(block.graph)
+        # A product with a fixed buffer stays as it is.
+        uses = [use for use in find_linears(block.graph) if id(get_attribute(block, str(use.weight.target))) in names]
         hessians = inputs.hessians(call, block, uses)
         lowest: dict[str, torch.Tensor] = {}
         for use in uses:

@@ -14,9 +14,9 @@ from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
 from modcompile.flags import parse_flags
-from modcompile.output_folder import check_writable_target
 from modcompile.precision_config import QuantizationConfig
-from modcompile.quantized_folder import is_quantized_folder, write_quantized_folder
+from modcompile.quantized_folder import write_quantized_folder
+from modcompile.quantized_target import check_quantized_target
 from modcompile.quantizing import quantize_base, relative_errors
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     source = find_checkpoint(name)
     folder = Path(output.output_dir if output.output_dir is not None else f"{source.name}-quantized")
-    check_writable_target(folder, overwrite=output.overwrite_output_dir, is_ours=is_quantized_folder)
+    check_quantized_target(folder, source, in_place=False, overwrite=output.overwrite_output_dir)
     base, tokenizer = load_base(source), load_tokenizer(source)
     checkpoint = quantize_base(base, config, load_calibration_text(config, tokenizer, base.config))
     errors = relative_errors(checkpoint)

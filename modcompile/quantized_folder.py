@@ -132,7 +132,9 @@ def read_quantized_folder(folder: Path, precisions: Sequence[int] | None = None)
     wanted = choose_precisions(folder, config.precisions, precisions)
     tensors = _load(folder / QUANTIZED)
     weights = {name: _weight(folder, tensors, name, size, config) for name, size in in_features.items()}
+    _check_names(folder, weights, tensors)
     base = _load_base(folder, weights, transposed, wanted[-1])
+    _check_shapes(folder, weights, transposed, base)
     asked = QuantizationConfig(**asdict(config) | {"precisions": wanted})
     return QuantizedCheckpoint(base, weights, transposed, asked)
 
@@ -214,7 +216,22 @@ def _weight(
         if not torch.isfinite(scales).all():
             raise ArtifactError(f"{folder / QUANTIZED}: {name}.{precision}.scales holds NaN or infinity; {_AGAIN}")
         parts[precision] = PackedWeight(packed, scales, zero_points, bits)
+    if len({len(part.packed) for part in parts.values()}) > 1:
+        raise ArtifactError(f"{folder / QUANTIZED}: the parts of {name} differ in length; {_AGAIN}")
     return MultiPrecisionWeight(parts, in_features, nested)
+
+
+def _check_names(
+    folder: Path, weights: Mapping[str, MultiPrecisionWeight], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Without its name a weight would be served as the base has it, which nobody would notice."""
+    if not weights:
+        raise ArtifactError(f"{folder / QUANTIZATION_CONFIG} names no weights; {_AGAIN}")
+    unnamed = sorted(tensors.keys() - _state(weights).keys())
+    if unnamed:
+        raise ArtifactError(
+            f"{folder / QUANTIZED} holds {unnamed[0]}, of which {QUANTIZATION_CONFIG} knows nothing; {_AGAIN}"
+        )
 
 
 def _load_base(
@@ -226,3 +243,21 @@ def _load_base(
             dense = weight.dequantize(precision)
             state[name] = (dense.T if name in transposed else dense).contiguous()
     return build_base(folder, state, torch.float32)
+
+
+def _check_shapes(
+    folder: Path, weights: Mapping[str, MultiPrecisionWeight], transposed: frozenset[str], base: PreTrainedModel
+) -> None:
+    parameters = dict(base.named_parameters())
+    for name, weight in weights.items():
+        if name not in parameters:
+            raise ArtifactError(
+                f"{folder / QUANTIZATION_CONFIG} names {name}, which {type(base).__name__} has not; {_AGAIN}"
+            )
+        shape = list(parameters[name].shape)
+        expected = shape[::-1] if name in transposed else shape
+        # Of 16 bits alone there are no parts.
+        out_features = [len(part.packed) for part in weight.parts.values()][:1] or expected[:-1]
+        found = [*out_features, weight.in_features]
+        if found != expected:
+            raise ArtifactError(f"{folder / QUANTIZED}: {name} is {found}, not {expected} as in the base; {_AGAIN}")

@@ -65,8 +65,9 @@ def find_block_linears(base: PreTrainedModel) -> dict[str, bool]:
         block = gm.get_submodule(str(call.target))
         assert isinstance(block, fx.GraphModule)
         for use in find_linears(block.graph):
-            tensor = get_attribute(block, str(use.weight.target))
-            found[names[id(tensor)]] = use.is_transposed
+            name = names.get(id(get_attribute(block, str(use.weight.target))))
+            if name is not None:  # a product with a fixed buffer stays as it is
+                found[name] = use.is_transposed
     return found
 
 

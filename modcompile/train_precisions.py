@@ -11,8 +11,7 @@ from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.config import BudgetConfig, RouterConfig, check_choice
 from modcompile.data import DataConfig
-from modcompile.errors import ConfigError, OutputError
-from modcompile.output_folder import check_writable_target
+from modcompile.errors import ConfigError
 from modcompile.precision_config import (
     PrecisionBudgetConfig,
     PrecisionRouterConfig,
@@ -23,12 +22,12 @@ from modcompile.precision_config import (
 from modcompile.precision_folder import holds_precisions
 from modcompile.precision_router_files import has_precision_routers, read_precision_router_config
 from modcompile.precision_training import PrecisionTraining, TrainedRouters
-from modcompile.quantized_folder import is_quantized_folder, write_quantized_folder
+from modcompile.quantized_folder import write_quantized_folder
+from modcompile.quantized_target import check_quantized_target
 from modcompile.quantizing import quantize_base
 from modcompile.tracing import find_layers
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
-from modcompile.training_checkpoints import training_checkpoints
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def train_precisions(
         flags.router_scope, flags.precision_mixing, router.router_dropout
     )
     if not resumes:
-        _check_target(given, output, quantized=quantized, overwrite=overwrite)
+        check_quantized_target(output, source, in_place=quantized, overwrite=overwrite)
     # What an output folder holds of a model that is quantized now is replaced.
     goes_on = (quantized or resumes) and has_precision_routers(folder)
     if goes_on and routers in (PrecisionRouterConfig(), read_precision_router_config(folder)[0]):
@@ -127,13 +126,3 @@ def _check_used(
         raise ConfigError(
             f"--trained_routers is 'depth', but {given} has no depth gates; give --route_depth to add some"
         )
-
-
-def _check_target(given: Path, output: Path, *, quantized: bool, overwrite: bool) -> None:
-    """Refuse, before any work, to replace what is not ours, or routers that took time to train."""
-    if output.resolve() != given.resolve():
-        check_writable_target(output, overwrite=overwrite, is_ours=is_quantized_folder)
-    elif not quantized:
-        raise OutputError(f"{output} is the model that is quantized, which is kept; choose another --output_dir")
-    if (has_precision_routers(output) or training_checkpoints(output)) and not overwrite:
-        raise OutputError(f"{output} holds trained routers; choose another --output_dir or pass --overwrite_output_dir")

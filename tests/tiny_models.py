@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -74,3 +75,29 @@ def tiny_model(architecture: str, num_layers: int = 3, seed: int = 0) -> PreTrai
         case _:
             raise ValueError(f"no tiny model of architecture {architecture!r}")
     return model.eval()
+
+
+class RotatedLinear(nn.Module):
+    """A linear layer whose inputs are first multiplied by a matrix that is no parameter: the identity."""
+
+    rotation: torch.Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("rotation", torch.eye(linear.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` → `[..., out]`."""
+        y: torch.Tensor = self.linear(x @ self.rotation)
+        return y
+
+
+def rotated_model() -> PreTrainedModel:
+    """The tiny LLaMA, whose blocks multiply by a fixed buffer as well, which changes nothing."""
+    model = tiny_model("llama")
+    for module in [module for name, module in model.named_modules() if name.endswith(".mlp")]:
+        down = module.get_submodule("down_proj")
+        assert isinstance(down, nn.Linear)
+        module.register_module("down_proj", RotatedLinear(down))
+    return model

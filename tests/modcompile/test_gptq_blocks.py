@@ -15,6 +15,7 @@ from modcompile.passes.find_linears import find_linears
 from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_config import QuantizationConfig
 from modcompile.routed_graph import trace_outlined
+from tests.tiny_models import rotated_model
 
 _UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -49,6 +50,15 @@ def test_the_child_is_what_its_bits_alone_would_be(llama: PreTrainedModel, rando
     )
     for name, weight in nested.items():
         assert torch.equal(weight.dequantize(bits), alone[name].dequantize(bits))
+
+
+def test_products_with_a_fixed_buffer_are_left_alone(llama: PreTrainedModel, random_text: Dataset) -> None:
+    config = QuantizationConfig(precisions=[4], group_size=32)
+    found, expected = (quantize_blocks(base, config, random_text) for base in (rotated_model(), llama))
+    assert found.keys() == {name.replace(".down_proj.", ".down_proj.linear.") for name in expected}
+    for name, weight in found.items():
+        plain = expected[name.replace(".down_proj.linear.", ".down_proj.")]
+        assert torch.equal(weight.dequantize(4), plain.dequantize(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

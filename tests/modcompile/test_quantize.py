@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from modcompile.artifacts import read_report
 from modcompile.cli import run
+from modcompile.precision_router_files import has_precision_routers
 from modcompile.quantize import main
 from modcompile.quantized_folder import read_quantized_folder
 from tests.folder_contents import contents
 from tests.tiny_models import tiny_model
+from tests.tiny_quantized import save_deciding_routers
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,31 @@ def test_replaces_what_is_its_own(base_folder: Path, capsys: pytest.CaptureFixtu
     assert (
         run(lambda: main([str(base_folder), "--output_dir", "other", "--method", "rtn", "--overwrite_output_dir"])) == 0
     )
+
+
+@pytest.mark.parametrize("kind", ["base", "quantized"])
+def test_keeps_the_model_that_is_quantized(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model = Path(shutil.copytree(request.getfixturevalue(f"{kind}_folder"), "model"))
+    before = contents(model)
+    argv = ["model", "--output_dir", "./model", "--precisions", "4", "--method", "rtn"]
+    for flags in ([], ["--overwrite_output_dir"]):
+        assert "is the model that is quantized" in _error([*argv, *flags], capsys)
+    assert contents(model) == before
+
+
+def test_replaces_trained_routers_when_told_only(
+    base_folder: Path, quantized_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(quantized_folder, "out"))
+    save_deciding_routers(folder)
+    before = contents(folder)
+    argv = [str(base_folder), "--output_dir", "out", "--method", "rtn"]
+    assert "out holds trained routers" in _error(argv, capsys)
+    assert contents(folder) == before
+    assert run(lambda: main([*argv, "--overwrite_output_dir"])) == 0
+    assert not has_precision_routers(folder)
 
 
 def test_rounds_for_the_inputs_of_the_calibration_text(base_folder: Path) -> None:

@@ -91,9 +91,10 @@ def test_without_the_original_weights_they_are_not_stored(tmp_path: Path) -> Non
         read_quantized_folder(tmp_path / "folder", [8, 16])
 
 
-def test_weights_that_lie_the_other_way_round_come_back_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precisions", [[8], [8, 16]])
+def test_weights_that_lie_the_other_way_round_come_back_so(tmp_path: Path, precisions: list[int]) -> None:
     base = tiny_model("gpt2")
-    checkpoint = quantize_base(base, QuantizationConfig(precisions=[8], group_size=32, method="rtn"))
+    checkpoint = quantize_base(base, QuantizationConfig(precisions=precisions, group_size=32, method="rtn"))
     write_quantized_folder(checkpoint, None, tmp_path / "folder")
     read = read_quantized_folder(tmp_path / "folder")
     assert read.transposed == read.weights.keys() != set()
@@ -154,6 +155,30 @@ def _tensors(change: Any) -> Any:
     return damage
 
 
+def _keep_rows(rows: int, *precisions: int) -> Any:
+    """All tensors of these precisions of a weight lose the same rows: each precision is sound on its own."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for precision in precisions:
+            for kind in ("packed", "scales", "zero_points"):
+                name = f"{_WEIGHT}.{precision}.{kind}"
+                tensors[name] = tensors[name][:rows].contiguous()
+
+    return _tensors(change)
+
+
+def _rename(name: str, other: str) -> Any:
+    def rename_tensors(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(name)]:
+            tensors[other + key.removeprefix(name)] = tensors.pop(key)
+
+    def damage(folder: Path) -> None:
+        _tensors(rename_tensors)(folder)
+        _stored(lambda stored: stored["weights"].update({other: stored["weights"].pop(name)}))(folder)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "says"),
     [
@@ -191,6 +216,22 @@ def _tensors(change: Any) -> Any:
             ArtifactError,
             f"the parts of {_WEIGHT}.8 differ in length",
         ),
+        (_keep_rows(47, 8), ArtifactError, f"the parts of {_WEIGHT} differ in length"),
+        (_keep_rows(1, 8), ArtifactError, f"the parts of {_WEIGHT} differ in length"),
+        (_keep_rows(47, 4, 8), ArtifactError, rf"{_WEIGHT} is \[47, 32\], not \[48, 32\] as in the base"),
+        (
+            _stored(lambda s: s["weights"].update({_WEIGHT: 31})),
+            ArtifactError,
+            rf"{_WEIGHT} is \[48, 31\], not \[48, 32\] as in the base",
+        ),
+        (
+            _stored(lambda s: s["transposed"].append(_WEIGHT)),
+            ArtifactError,
+            rf"{_WEIGHT} is \[48, 32\], not \[32, 48\] as in the base",
+        ),
+        (_stored(lambda s: s["weights"].pop(_WEIGHT)), ArtifactError, f"{_WEIGHT}.4.packed, of which {_CONFIG} knows"),
+        (_stored(lambda s: s["weights"].clear()), ArtifactError, f"{_CONFIG} names no weights"),
+        (_rename(_WEIGHT, "model.up.weight"), ArtifactError, "names model.up.weight, which LlamaForCausalLM has not"),
         (
             _tensors(lambda t: t[f"{_WEIGHT}.4.scales"].fill_(float("nan"))),
             ArtifactError,
@@ -202,6 +243,14 @@ def test_says_what_is_wrong_with_a_folder(copied: Path, damage: Any, error: type
     damage(copied)
     with pytest.raises(error, match=says):
         read_quantized_folder(copied)
+
+
+def test_original_weights_alone_are_held_against_the_base_too(tmp_path: Path) -> None:
+    write_quantized_folder(_checkpoint(16), None, tmp_path / "folder")
+    assert not any(weight.parts for weight in read_quantized_folder(tmp_path / "folder").weights.values())
+    _stored(lambda stored: stored["weights"].update({_WEIGHT: 31}))(tmp_path / "folder")
+    with pytest.raises(ArtifactError, match=rf"{_WEIGHT} is \[48, 31\], not \[48, 32\]"):
+        read_quantized_folder(tmp_path / "folder")
 
 
 def test_copies_all_but_plots_and_checkpoints(copied: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from modcompile.errors import ConfigError
 from modcompile.precision_config import QuantizationConfig
 from modcompile.quantizing import find_block_linears, quantize_base, relative_errors
+from tests.tiny_models import rotated_model
 from tests.tiny_routed import tiny_base
 
 
@@ -20,6 +21,12 @@ def test_finds_what_blocks_multiply_by(model: PreTrainedModel, architecture: str
     inside = [name for name, tensor in model.named_parameters() if tensor.dim() == 2 and ".0." in name]
     assert sorted(name for name in found if ".0." in name) == sorted(inside)
     assert set(found.values()) == {architecture == "gpt2"}
+
+
+def test_products_with_a_fixed_buffer_are_left_alone(llama: PreTrainedModel) -> None:
+    found = find_block_linears(rotated_model())
+    assert found.keys() == {name.replace(".down_proj.", ".down_proj.linear.") for name in find_block_linears(llama)}
+    assert not any(found.values())
 
 
 @pytest.mark.parametrize(("method", "sharing"), [("rtn", "nested"), ("rtn", "separate"), ("gptq", "nested")])
