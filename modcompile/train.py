@@ -50,11 +50,7 @@ _CONFIGS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the output folder, and train in it."""
     model, router, budget, precision, rounding, bits, data, training = parse_flags(
-        "modcompile.train",
-        __doc__,
-        None,
-        _CONFIGS,
-        argv,
+        "modcompile.train", __doc__, None, _CONFIGS, argv
     )
     given = model.model_name_or_path
     if precision.precisions is not None or holds_precisions(Path(given)):
