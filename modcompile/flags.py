@@ -1,6 +1,8 @@
 """Command-line flags from dataclasses, and what is wrong with them in one line."""
 
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -52,3 +54,12 @@ def parse_flags(
         return tuple(parsed)
     *dataclasses, namespace = parsed
     return (*dataclasses, getattr(namespace, positional[0]))
+
+
+def named_flags(configs: Sequence[type], argv: Sequence[str] | None) -> set[str]:
+    """Those fields of `configs` that a command line that `parse_flags` took gives a value, be it the default."""
+    dataclass_types: list[Any] = list(configs)
+    # Argparse puts no default where there is a value.
+    unnamed = Namespace(**{field.name: None for config in dataclass_types for field in fields(config)})
+    parsed, _ = _OneLineParser(dataclass_types).parse_known_args(argv, unnamed)
+    return {name for name, value in vars(parsed).items() if value is not None}

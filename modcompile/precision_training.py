@@ -1,7 +1,7 @@
 """Training of the routers of precisions, and of depth gates beside them, in a quantized folder."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from modcompile.objective import Budget, Objective, bits_budget, depth_budget
 from modcompile.precision_choices import chosen_bits
 from modcompile.precision_config import PrecisionBudgetConfig, PrecisionRouterConfig
 from modcompile.precision_router_files import (
+    has_precision_routers,
     load_precision_routers,
     read_precision_router_config,
     save_precision_routers,
@@ -38,32 +39,51 @@ class PrecisionTraining:
 
     precisions: Sequence[int] | None
     """By default those of the folder's routers, else all that it has."""
-    routers: PrecisionRouterConfig | None
-    """Of new routers; None goes on with those of the folder, if it has some."""
+    router_options: Mapping[str, Any]
+    """Of `PrecisionRouterConfig`: those that are to differ from the folder's routers, or from the defaults."""
     depth: RouterConfig | None
     """Of new depth gates; None keeps those of the folder, if it has some."""
     trained: TrainedRouters
     budget: PrecisionBudgetConfig
     depth_budget: BudgetConfig
     start: Dataset | None = None
-    """Sequences by which routers are let start from the best static allocation at the target; None: as they are."""
+    """Sequences by which new routers start from the best static allocation at the target; None: from the most bits."""
 
     def open(self, folder: Path, device: torch.device) -> RouterTask:
-        """The model of a quantized folder."""
-        options = {} if self.routers is None else asdict(self.routers)
+        """The model of a quantized folder.
+
+        It goes on with the folder's routers, if these choose for what is wanted, and know all precisions that are.
+        """
+        stored, known = PrecisionRouterConfig(), list[int]()
+        if has_precision_routers(folder):
+            stored, known = read_precision_router_config(folder)
+        config = replace(stored, **self.router_options)
+        precisions = (known or None) if self.precisions is None else self.precisions
         model = LayerwiseQuantizeForCausalLM.from_quantized(
-            folder, self.precisions, depth=self.depth, device=device, **options
+            folder, precisions, depth=self.depth, device=device, **asdict(config)
         )
-        if self.start is not None and self.budget.avg_bits_target is not None:
-            chosen = start_at_static(model, self.start, self.budget.avg_bits_target)
-            print(
-                f"starting from {sum(chosen) / len(chosen):.2f} bits on average, by layer: {' '.join(map(str, chosen))}"
-            )
+        # Mixing and dropout are how routers are trained, not what they are.
+        if config.router_scope == stored.router_scope and set(model.precisions) <= set(known):
+            load_precision_routers(model.routers, folder, known, model.precisions)
+        else:
+            if known:
+                print(
+                    f"the routers in {folder} are not used: they choose {_what_is_chosen(stored, known)}; new ones "
+                    f"choose {_what_is_chosen(config, model.precisions)}"
+                )
+            self._start(model)
         for router in model.routers.values():
             router.requires_grad_(self.trained != "depth")
         for gate_router in model.depth_routers.values():
             gate_router.requires_grad_(self.trained != "precision")
         return precision_task(model, self.budget, self.depth_budget)
+
+    def _start(self, model: LayerwiseQuantizeForCausalLM) -> None:
+        """Let new routers start from the best static allocation, if that is wanted."""
+        if self.start is None or self.budget.avg_bits_target is None:
+            return
+        chosen = start_at_static(model, self.start, self.budget.avg_bits_target)
+        print(f"starting from {sum(chosen) / len(chosen):.2f} bits on average, by layer: {' '.join(map(str, chosen))}")
 
     def copy(self, source: Path, folder: Path, *, overwrite: bool) -> None:
         """Copy what a quantized folder holds."""
@@ -117,6 +137,10 @@ def _load(model: LayerwiseQuantizeForCausalLM, folder: Path) -> None:
 def _layerwise(task: RouterTask) -> LayerwiseQuantizeForCausalLM:
     assert isinstance(task.model, LayerwiseQuantizeForCausalLM)
     return task.model
+
+
+def _what_is_chosen(config: PrecisionRouterConfig, precisions: Sequence[int]) -> str:
+    return f"for each {config.router_scope} from {', '.join(map(str, precisions))} bits"
 
 
 def _describe(model: LayerwiseQuantizeForCausalLM) -> str:

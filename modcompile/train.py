@@ -3,6 +3,9 @@
 Depth gates: loss = LM loss + router_lambda * max(active_ratio - target_active_ratio, 0). Precisions, of a quantized
 folder or with --precisions: loss = ce_weight * LM loss + precision_weight * max(average_bits - avg_bits_target, 0) /
 (the most bits), and the term of the depth gates where there are some. The base stays frozen.
+
+Routers of precisions that a folder has are trained further, with the scope, mixing and dropout that they have where no
+flag names another; another --router_scope, or --precisions that they do not know, make new ones.
 """
 
 import sys
@@ -14,7 +17,7 @@ from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data import DataConfig
 from modcompile.errors import ConfigError
-from modcompile.flags import parse_flags
+from modcompile.flags import named_flags, parse_flags
 from modcompile.precision_config import PrecisionBudgetConfig, RoundingConfig
 from modcompile.precision_folder import holds_precisions
 from modcompile.train_depth import train_depth
@@ -32,27 +35,27 @@ class _Model:
     )
 
 
+_CONFIGS = (
+    _Model,
+    RouterConfig,
+    BudgetConfig,
+    PrecisionFlags,
+    RoundingConfig,
+    PrecisionBudgetConfig,
+    DataConfig,
+    RouterTrainingArguments,
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the output folder, and train in it."""
     model, router, budget, precision, rounding, bits, data, training = parse_flags(
-        "modcompile.train",
-        __doc__,
-        None,
-        (
-            _Model,
-            RouterConfig,
-            BudgetConfig,
-            PrecisionFlags,
-            RoundingConfig,
-            PrecisionBudgetConfig,
-            DataConfig,
-            RouterTrainingArguments,
-        ),
-        argv,
+        "modcompile.train", __doc__, None, _CONFIGS, argv
     )
     given = model.model_name_or_path
     if precision.precisions is not None or holds_precisions(Path(given)):
-        output = train_precisions(given, precision, rounding, bits, router, budget, data, training)
+        named = named_flags(_CONFIGS, argv)
+        output = train_precisions(given, precision, rounding, bits, router, budget, data, training, named)
     else:
         if (precision, rounding, bits) != (PrecisionFlags(), RoundingConfig(), PrecisionBudgetConfig()):
             raise ConfigError(

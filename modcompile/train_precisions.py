@@ -1,6 +1,7 @@
 """Train routers of precisions from the command line: find the quantized folder, or make it, and train in it."""
 
 import shutil
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from modcompile.precision_config import (
     RoundingConfig,
 )
 from modcompile.precision_folder import holds_precisions
-from modcompile.precision_router_files import has_precision_routers, read_precision_router_config
 from modcompile.precision_training import PrecisionTraining, TrainedRouters
 from modcompile.quantized_folder import write_quantized_folder
 from modcompile.quantized_target import check_quantized_target
@@ -42,7 +42,7 @@ class PrecisionFlags(PrecisionRoutingConfig):
         default=None,
         metadata={
             "help": "Bits that blocks choose from: any of 2, 4, 8 and 16 (a model that is not quantized is quantized "
-            "to them), or some of those that the folder has (by default all)."
+            "to them), or some of those that the folder has (by default those of its routers, else all)."
         },
     )
     route_depth: bool = field(
@@ -68,8 +68,11 @@ def train_precisions(
     budget: BudgetConfig,
     data: DataConfig,
     training: RouterTrainingArguments,
+    named: AbstractSet[str],
 ) -> Path:
     """Train the routers of a quantized folder, or of a model that is quantized first; return the folder.
+
+    Of the flags of routers, only those `named` count where the folder has routers: it keeps its own for the others.
 
     Raises:
         ModcompileError: the model, the data or the output folder can't be used.
@@ -81,15 +84,9 @@ def train_precisions(
     output = training.output_or(default)
     folder = given if quantized and not resumes else output
     _check_used(given, folder, flags, rounding, router, quantized=quantized)
-    routers: PrecisionRouterConfig | None = PrecisionRouterConfig(
-        flags.router_scope, flags.precision_mixing, router.router_dropout
-    )
+    options = asdict(PrecisionRouterConfig(flags.router_scope, flags.precision_mixing, router.router_dropout))
     if not resumes:
         check_quantized_target(output, source, in_place=quantized, overwrite=overwrite)
-    # What an output folder holds of a model that is quantized now is replaced.
-    goes_on = (quantized or resumes) and has_precision_routers(folder)
-    if goes_on and routers in (PrecisionRouterConfig(), read_precision_router_config(folder)[0]):
-        routers = None
     tokenizer = load_tokenizer(source)
     blocks = load_training_blocks(data, tokenizer, load_config(source, fetch_checkpoint(source)))
     if not (quantized or resumes):
@@ -104,10 +101,11 @@ def train_precisions(
             for name in (ROUTERS, ROUTER_CONFIG):
                 shutil.copyfile(given / name, output / name)
     start = None
-    if routers is not None and not resumes and bits.avg_bits_target is not None and bits.static_start_samples:
+    if not resumes and bits.avg_bits_target is not None and bits.static_start_samples:
         start = blocks["train"].select(range(min(bits.static_start_samples, blocks["train"].num_rows)))
     depth = router if flags.route_depth else None
-    kind = PrecisionTraining(flags.precisions, routers, depth, flags.trained_routers, bits, budget, start)
+    named_options = {name: value for name, value in options.items() if name in named}
+    kind = PrecisionTraining(flags.precisions, named_options, depth, flags.trained_routers, bits, budget, start)
     train_routers(folder, output, blocks, kind, training)
     return output
 

@@ -7,7 +7,7 @@ import pytest
 
 from modcompile.config import check
 from modcompile.errors import ConfigError
-from modcompile.flags import parse_flags
+from modcompile.flags import named_flags, parse_flags
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,19 @@ def test_one_instance_for_each_dataclass_and_the_positional_argument() -> None:
     parsed = parse_flags("test", None, ("name", "A name."), [_Options, _Output], argv)
     assert parsed == (_Options(5, "round", True), _Output("out"), "model")
     assert parse_flags("test", None, None, [_Options], []) == (_Options(),)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], set()),
+        (["--width", "3"], {"width"}),
+        (["--sha=round", "--output-dir", "out"], {"shape", "output_dir"}),
+        (["--deep", "false", "--rough"], {"deep", "smooth"}),
+    ],
+)
+def test_tells_which_flags_are_named_even_with_their_defaults(argv: list[str], named: set[str]) -> None:
+    assert named_flags([_Options, _Output], argv) == named
 
 
 @pytest.mark.parametrize("flag", ["--rough", "--no_smooth"])

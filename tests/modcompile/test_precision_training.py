@@ -1,6 +1,7 @@
 import math
+import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.errors import ConfigError
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.precision_config import PrecisionBudgetConfig, PrecisionMixing, PrecisionRouterConfig, RouterScope
+from modcompile.precision_router_files import save_precision_routers
 from modcompile.precision_training import PrecisionTraining
 from modcompile.router_task import RouterTask
 from modcompile.trainer import RouterTrainer
@@ -43,7 +45,8 @@ def _training(
     precisions: list[int] | None = None,
     budget: PrecisionBudgetConfig = _BITS_BUDGET,
 ) -> PrecisionTraining:
-    return PrecisionTraining(precisions, PrecisionRouterConfig(scope, mixing), depth, "both", budget, _DEPTH_BUDGET)
+    options = {"router_scope": scope, "precision_mixing": mixing}
+    return PrecisionTraining(precisions, options, depth, "both", budget, _DEPTH_BUDGET)
 
 
 def _model(task: RouterTask) -> LayerwiseQuantizeForCausalLM:
@@ -252,11 +255,90 @@ def test_average_bits_fall_to_their_target(quantized_folder: Path, tmp_path: Pat
 
 
 def test_without_a_folder_of_routers_options_are_the_defaults(quantized_folder: Path) -> None:
-    training = PrecisionTraining([2], None, None, "both", _BITS_BUDGET, _DEPTH_BUDGET)
+    training = PrecisionTraining([2], {}, None, "both", _BITS_BUDGET, _DEPTH_BUDGET)
     task = training.open(quantized_folder, _CPU)
     assert _model(task).router_config == PrecisionRouterConfig()
     assert training.report(task) == {"precisions": [2], "budget": asdict(_BITS_BUDGET)}
     assert "2 bits in 3 routed layers; trainable: " in task.description
+
+
+@pytest.fixture(scope="module")
+def trained(quantized_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose routers choose for tokens from 4 and 16 bits; not to be changed."""
+    folder = Path(shutil.copytree(quantized_folder, tmp_path_factory.mktemp("trained") / "folder"))
+    task = _training("token", precisions=[4, 16]).open(folder, _CPU)
+    let_routers_decide(_model(task))
+    task.save(folder)
+    return folder
+
+
+def _stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "precision_routers.safetensors")
+
+
+def _parameters(task: RouterTask, folder: Path) -> dict[str, torch.Tensor]:
+    """What the routers of a task would leave in a folder."""
+    model = _model(task)
+    save_precision_routers(model.routers, model.router_config, model.precisions, folder)
+    return _stored(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, PrecisionRouterConfig("token", "straight_through")),
+        ({"precision_mixing": "sampled"}, PrecisionRouterConfig("token", "sampled")),
+        ({"precision_mixing": "soft"}, PrecisionRouterConfig("token", "soft")),
+        ({"router_dropout": 0.1}, PrecisionRouterConfig("token", "straight_through", 0.1)),
+        ({"router_scope": "token"}, PrecisionRouterConfig("token", "straight_through")),
+    ],
+)
+def test_trained_routers_are_trained_further_in_another_way(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    expected: PrecisionRouterConfig,
+) -> None:
+    """They do not start anew, from the static allocation or otherwise."""
+    task = PrecisionTraining(None, options, None, "both", _BITS_BUDGET, _DEPTH_BUDGET, _blocks(2)).open(trained, _CPU)
+    assert (_model(task).router_config, _model(task).precisions) == (expected, [4, 16])
+    assert {module.p for module in task.model.modules() if isinstance(module, torch.nn.Dropout)} == {
+        expected.router_dropout
+    }
+    torch.testing.assert_close(_parameters(task, tmp_path), _stored(trained), rtol=0, atol=0)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("precisions", "options", "chosen"),
+    [
+        ([2, 4, 16], {}, "for each token from 2, 4, 16 bits"),
+        ([2, 16], {"precision_mixing": "soft"}, "for each token from 2, 16 bits"),
+        (None, {"router_scope": "sequence"}, "for each sequence from 4, 16 bits"),
+    ],
+)
+@pytest.mark.parametrize("start", [_blocks(2), None], ids=["static", "most"])
+def test_new_routers_start_from_the_static_allocation_and_it_is_said_that_trained_ones_are_not_used(
+    trained: Path,
+    capsys: pytest.CaptureFixture[str],
+    precisions: list[int] | None,
+    options: dict[str, Any],
+    chosen: str,
+    start: Dataset | None,
+) -> None:
+    # The fewest bits that there are: what starts from the most does not choose them.
+    budget = PrecisionBudgetConfig(avg_bits_target=4.0 if precisions is None else 2.0)
+    training = PrecisionTraining(precisions, options, None, "both", budget, _DEPTH_BUDGET, start)
+    model = _model(training.open(trained, _CPU))
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == (
+        f"the routers in {trained} are not used: they choose for each token from 4, 16 bits; new ones choose {chosen}"
+    )
+    assert len(rest) == (start is not None)
+    assert model.router_config == replace(PrecisionRouterConfig("token", "straight_through"), **options)
+    bits = torch.stack(model.infer_forward(torch.arange(3, 12)[None]).num_bits or ())
+    assert bits.unique().tolist() == [16 if start is None else model.precisions[0]]
 
 
 def test_copies_what_a_folder_holds(quantized_folder: Path, tmp_path: Path) -> None:

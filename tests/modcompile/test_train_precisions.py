@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from modcompile import LayerwiseQuantizeForCausalLM
 from modcompile.artifacts import read_report, read_router_config
 from modcompile.config import RouterConfig
 from modcompile.precision_config import PrecisionRouterConfig
-from modcompile.precision_router_files import has_precision_routers, read_precision_router_config
+from modcompile.precision_router_files import (
+    has_precision_routers,
+    read_precision_router_config,
+    save_precision_routers,
+)
 from modcompile.quantized_folder import read_quantized_folder
 from modcompile.train import main
 from tests.folder_contents import contents
-from tests.tiny_quantized import BITS
+from tests.tiny_quantized import BITS, let_routers_decide
 from tests.training_commands import error_of, fast_flags, train_until_killed
 
 _PLOTS = {"training_history.png", "training_choices.png"}
@@ -148,6 +153,86 @@ def test_trains_in_another_folder_and_resumes_after_a_kill_as_if_there_had_been_
     others = ["--trained_routers", "depth", "--resume_from_checkpoint", "true"]
     said = error_of([*argv, *depth, "--output_dir", "killed", *others], capsys)
     assert said.endswith("checkpoint-4 is of a training of other parameters; give the flags of its training")
+
+
+@pytest.fixture
+def trained(quantized_folder: Path) -> Path:
+    """A folder, `bits`, whose routers choose for tokens from 4 and 16 bits, and were trained straight-through."""
+    folder = Path(shutil.copytree(quantized_folder, "bits"))
+    model = LayerwiseQuantizeForCausalLM.from_quantized(
+        folder, [4, 16], router_scope="token", precision_mixing="straight_through"
+    )
+    let_routers_decide(model)
+    save_precision_routers(model.routers, model.router_config, model.precisions, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--precision_mixing", "sampled"], PrecisionRouterConfig("token", "sampled")),
+        (["--precision_mixing", "soft"], PrecisionRouterConfig("token", "soft")),
+        (["--router_dropout", "0.1"], PrecisionRouterConfig("token", "straight_through", 0.1)),
+    ],
+    ids=["sampled", "soft", "dropout"],
+)
+def test_flags_that_are_left_out_keep_what_the_folder_has(
+    trained: Path,
+    data: list[str],
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    expected: PrecisionRouterConfig,
+) -> None:
+    # Nothing is learned: what is left are the routers that the training started from.
+    _train(trained, *data, *flags, "--output_dir", "out", "--learning_rate", "0", "--avg_bits_target", "4")
+    assert read_precision_router_config(Path("out")) == (expected, [4, 16])
+    before, after = (load_file(folder / "precision_routers.safetensors") for folder in (trained, Path("out")))
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    assert not re.search("not used|starting from", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "bits"),
+    [
+        (["--precisions", "2", "4", "16"], PrecisionRouterConfig("token", "straight_through"), BITS),
+        (["--router_scope", "sequence"], PrecisionRouterConfig("sequence", "straight_through"), [4, 16]),
+    ],
+    ids=["precisions", "scope"],
+)
+def test_routers_that_have_to_be_new_say_so_and_start_from_the_static_allocation(
+    trained: Path,
+    data: list[str],
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    config: PrecisionRouterConfig,
+    bits: list[int],
+) -> None:
+    _train(trained, *data, *flags, "--output_dir", "out", "--learning_rate", "0", "--avg_bits_target", "4")
+    assert read_precision_router_config(Path("out")) == (config, bits)
+    said = capsys.readouterr().out
+    assert said.count("the routers in bits are not used: they choose for each token from 4, 16 bits;") == 1
+    average, chosen = re.findall(r"starting from (.*) bits on average, by layer: (.*)", said)[0]
+    assert float(average) <= 4
+    stored = load_file("out/precision_routers.safetensors")
+    assert [bits[int(stored[f"routers.{layer}.last.bias"].argmax())] for layer in range(3)] == [
+        int(each) for each in chosen.split()
+    ]
+
+
+def test_resumes_no_training_of_another_scope(
+    quantized_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default of a flag is refused as well, if it is named."""
+    argv = ["--model_name_or_path", str(quantized_folder), "--output_dir", "out", *data]
+    main([*argv, "--router_scope", "token", "--save_strategy", "steps", "--save_steps", "2"])
+    before = contents(Path("out"))
+    capsys.readouterr()
+    resume = [*argv, "--resume_from_checkpoint", "true"]
+    for flags in (["--router_scope", "sequence"], ["--precision_mixing", "sampled"]):
+        assert "holds other routers than are trained here" in (said := error_of([*resume, *flags], capsys))
+        assert said.endswith("give the flags of its training")
+    assert contents(Path("out")) == before
 
 
 _OF_A_QUANTIZED_FOLDER = [

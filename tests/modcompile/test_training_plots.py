@@ -68,7 +68,7 @@ def _train_precisions(folder: Path, blocks: DatasetDict, scope: RouterScope, dep
             nn.init.normal_(router.score.down.weight, std=2.0)
             nn.init.zeros_(router.bias)
         save_depth_routers(model.depth_routers, depth, folder)
-    training = PrecisionTraining(None, None, None, "both", _BITS, _DEPTH)
+    training = PrecisionTraining(None, {}, None, "both", _BITS, _DEPTH)
     train_routers(folder, folder, blocks, training, _arguments())
 
 
