@@ -1,7 +1,8 @@
 """python -m modcompile.evaluate DIR: what the routers of a folder score on a text, beside what they are to beat.
 
 Routed: perplexity, loss and active ratio, dense, soft and hard. Quantized: perplexity and bits of the router, of every
-precision, and of the best static allocations; plotted in DIR/precisions.png.
+precision, and of the best static allocations; plotted in DIR/precisions.png. Depth gates decide for the router alone,
+hard.
 
 Prints a table, and writes the numbers into DIR/report.json under "evaluation".
 """
@@ -37,8 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     folder = Path(given)
     if holds_precisions(folder):
-        _refuse(depth, f"{folder} is quantized, not routed")
-        result = evaluate_quantized(folder, text, precisions)
+        if is_routed_folder(folder):
+            _refuse(depth, f"{folder} is quantized, and evaluated one sequence a call", but="hard_threshold")
+        else:
+            _refuse(depth, f"{folder} is quantized, not routed")
+        result = evaluate_quantized(folder, text, precisions, depth.hard_threshold)
     else:
         if is_routed_folder(folder):
             _refuse(precisions, f"{folder} is routed, not quantized")
@@ -47,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     update_report(folder, "evaluation", {**result, "versions": versions})
 
 
-def _refuse(config: Any, why: str) -> None:
-    """Raise a ConfigError that names the flags that were given, if any."""
-    given = [f"--{field.name}" for field in fields(config) if getattr(config, field.name) != field.default]
+def _refuse(config: Any, why: str, *, but: str | None = None) -> None:
+    """Raise a ConfigError that names the flags that were given, if any, `but` for one that is taken."""
+    given = [
+        f"--{field.name}"
+        for field in fields(config)
+        if field.name != but and getattr(config, field.name) != field.default
+    ]
     if given:
         raise ConfigError(f"{why}: leave out {', '.join(given)}")
 

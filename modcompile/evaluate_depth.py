@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from modcompile.artifacts import load_with_routers, read_router_config
 from modcompile.config import GateKind, check, check_threshold
+from modcompile.devices import fastest_device
 from modcompile.evaluation_text import EvaluationTextConfig, describe_text, load_evaluation_blocks, text_as_json
 from modcompile.perplexity import Evaluation, evaluate_model
 from modcompile.progress import show_elapsed
@@ -46,8 +45,7 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     gate = read_router_config(folder).gate
     blocks = load_evaluation_blocks(text, folder)
     with show_elapsed("loading and tracing"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_with_routers(folder, config.hard_threshold, device=device, use_cache=False)
+        model = load_with_routers(folder, config.hard_threshold, device=fastest_device(), use_cache=False)
     evaluation = evaluate_model(model, blocks, hard_threshold=config.hard_threshold, batch_size=config.batch_size)
     print(_table(evaluation, config, gate, text))
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modcompile.config import check
+from modcompile.devices import fastest_device
 from modcompile.evaluation_text import (
     EvaluationTextConfig,
     describe_text,
@@ -42,8 +43,12 @@ class PrecisionEvaluationConfig:
         check("calibration_samples", self.calibration_samples, at_least=1)
 
 
-def evaluate_quantized(folder: Path, text: EvaluationTextConfig, config: PrecisionEvaluationConfig) -> dict[str, Any]:
+def evaluate_quantized(
+    folder: Path, text: EvaluationTextConfig, config: PrecisionEvaluationConfig, hard_threshold: float
+) -> dict[str, Any]:
     """Evaluate, print a table, plot, and return what `report.json` is to hold.
+
+    Beside its routers a folder may have depth gates, which are then hard at the threshold.
 
     Raises:
         ArtifactError: the folder is incomplete, damaged, or of another version.
@@ -55,16 +60,25 @@ def evaluate_quantized(folder: Path, text: EvaluationTextConfig, config: Precisi
     blocks = load_evaluation_blocks(text, folder)
     calibration = load_calibration_blocks(text, folder, config.calibration_samples)
     with show_elapsed("loading and tracing"):
-        model = LayerwiseQuantizeForCausalLM.from_quantized(folder, config.precisions)
+        model = LayerwiseQuantizeForCausalLM.from_quantized(folder, config.precisions, device=fastest_device())
+    threshold = hard_threshold if model.depth_routers else None
+    if threshold is not None:
+        model.set_hard_threshold(threshold)
     evaluation = evaluate_precisions(model, blocks, calibration)
-    print(_table(evaluation, text))
+    print(_table(evaluation, text, threshold))
     plot_precisions(evaluation, folder / PLOT)
     print(f"plotted in {folder / PLOT}")
     return {
         **text_as_json(text, evaluation.sequences, evaluation.predicted_tokens),
+        **({} if threshold is None else {"hard_threshold": threshold}),
         "calibration_sequences": calibration.num_rows,
         "fixed": {str(bits): _as_json(measured) for bits, measured in evaluation.fixed.items()},
-        "router": {**_as_json(evaluation.router), "shares_per_layer": evaluation.router.shares},
+        "router": {
+            **_as_json(evaluation.router),
+            "trained": evaluation.trained,
+            "caveats": evaluation.caveats,
+            "shares_per_layer": evaluation.router.shares,
+        },
         "static": [
             {**_as_json(measured), "bits_per_layer": allocation, "at_router": allocation == evaluation.at_router}
             for allocation, measured in evaluation.static.items()
@@ -77,20 +91,23 @@ def _as_json(measured: PrecisionMeasurement) -> dict[str, float]:
     return {"perplexity": measured.perplexity, "loss": measured.loss, "average_bits": measured.average_bits}
 
 
-def _table(evaluation: PrecisionEvaluation, text: EvaluationTextConfig) -> str:
+def _table(evaluation: PrecisionEvaluation, text: EvaluationTextConfig, threshold: float | None) -> str:
     """The numbers for a person."""
+    rows = [("fixed", (bits,) * len(measured.shares), measured) for bits, measured in evaluation.fixed.items()]
+    # Uniform ones are fixed precisions.
+    rows += [("static", bits, measured) for bits, measured in evaluation.static.items() if len(set(bits)) > 1]
+    gates = [] if threshold is None else [f"depth gates at threshold {threshold:g}"]
     lines = [describe_text(text, evaluation.sequences, evaluation.predicted_tokens)]
     lines.append(f"{'':7}  {'bits':>6}  {'perplexity':>10}  {'loss':>7}")
-    lines += [_line("fixed", measured) for measured in evaluation.fixed.values()]
-    for allocation, measured in evaluation.static.items():
-        if len(set(allocation)) > 1:
-            note = "  the most bits within the router's" if allocation == evaluation.at_router else ""
-            lines.append(f"{_line('static', measured)}{note}")
-    lines.append(_line("router", evaluation.router))
+    for name, allocation, measured in rows:
+        notes = ["the most bits within the router's"] if allocation == evaluation.at_router else []
+        lines.append(_line(name, measured, notes))
+    lines.append(_line("router", evaluation.router, [*evaluation.caveats, *gates]))
     averages = enumerate(evaluation.router.average_bits_per_block)
     layers = "router's bits by layer: " + " ".join(f"{layer}:{bits:.2f}" for layer, bits in averages)
     return "\n".join([*lines, *textwrap.wrap(layers, _WIDTH, subsequent_indent="  ")])
 
 
-def _line(name: str, measured: PrecisionMeasurement) -> str:
-    return f"{name:7}  {measured.average_bits:6.2f}  {measured.perplexity:10.3f}  {measured.loss:7.4f}"
+def _line(name: str, measured: PrecisionMeasurement, notes: list[str]) -> str:
+    numbers = f"{name:7}  {measured.average_bits:6.2f}  {measured.perplexity:10.3f}  {measured.loss:7.4f}"
+    return f"{numbers}  {'; '.join(notes)}".rstrip()

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from modcompile.artifacts import load_with_routers
 from modcompile.counted_bits import CountedBits
+from modcompile.devices import fastest_device
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM, PrecisionCausalLMOutput
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.progress import show_elapsed
@@ -24,7 +25,7 @@ def load_routed(folder: Path, hard_threshold: float | None) -> TextGenerator:
         CheckpointError: its base can't be read.
     """
     with show_elapsed("loading and tracing"):
-        model = load_with_routers(folder, 0.5 if hard_threshold is None else hard_threshold, device=_device())
+        model = load_with_routers(folder, 0.5 if hard_threshold is None else hard_threshold, device=fastest_device())
         model.hard_graph()  # lowered now, so that the prefill is timed without
 
     def generate(input_ids: torch.Tensor, config: GenerationConfig, streamer: TimedStreamer) -> str:
@@ -44,7 +45,7 @@ def load_quantized(folder: Path, hard_threshold: float | None, num_bits: int | N
     """
     with show_elapsed("loading and tracing"):
         precisions = None if num_bits is None else [num_bits]
-        model = LayerwiseQuantizeForCausalLM.from_quantized(folder, precisions, device=_device())
+        model = LayerwiseQuantizeForCausalLM.from_quantized(folder, precisions, device=fastest_device())
     if hard_threshold is not None:
         model.set_hard_threshold(hard_threshold)
 
@@ -72,7 +73,3 @@ def _generate(
     model.generation_config = config
     tokens = input_ids.to(model.device)
     model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

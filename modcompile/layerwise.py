@@ -215,6 +215,14 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
                 buffer.copy_(self._infer_graph.get_buffer(name))
         return graph.train(self.training)
 
+    @property
+    def hard_thresholds(self) -> list[float]:
+        """The threshold of every depth gate; none without."""
+        thresholds: list[float] = (
+            self._infer_graph.get_buffer("routing_threshold").tolist() if self.depth_routers else []
+        )
+        return thresholds
+
     def set_hard_threshold(self, hard_threshold: float | Sequence[float]) -> None:
         """The threshold above which `infer_forward` opens a depth gate, or one each: 0 executes all, above 1 skips all.
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.open_gates import open_gates
 from modcompile.precision_sensitivity import measure_block_sensitivity
 from modcompile.precision_usage import PrecisionUsage, mean_bits
 from modcompile.static_allocation import Allocation, Sensitivity, allocation_at, greedy_allocations
@@ -40,23 +41,33 @@ class PrecisionEvaluation:
     """A model on a text: its routers, and what they are to beat."""
 
     fixed: dict[int, PrecisionMeasurement]
-    """All blocks at one precision, for each of them, the lowest first."""
+    """All blocks at one precision, for each of them, the lowest first; depth gates are open."""
     router: PrecisionMeasurement
-    """Each block at the precision that its router picks."""
+    """Each block at the precision that its router picks, or skipped by its depth gate."""
     static: dict[Allocation, PrecisionMeasurement]
-    """Each block at bits of its own, the same for all inputs; the fewest bits in all first."""
+    """Each block at bits of its own, the same for all inputs, depth gates open; the fewest bits in all first."""
     at_router: Allocation | None
     """The one of them with the most bits that the routers' average allows; None if they use fewer than any has."""
     sensitivity: Sensitivity
     """What the static allocations were chosen by, in nats a token; measured on another text."""
+    trained: bool
+    """Whether what a router picks depends on the input."""
     sequences: int
     predicted_tokens: int
+
+    @property
+    def caveats(self) -> list[str]:
+        """What keeps the routers from being compared with the rest."""
+        untrained = [] if self.trained else ["choice of bits untrained"]
+        return untrained if self.at_router is not None else [*untrained, "fewer bits than any static allocation"]
 
 
 def evaluate_precisions(
     model: LayerwiseQuantizeForCausalLM, blocks: Dataset, calibration_blocks: Dataset, *, static_points: int = 3
 ) -> PrecisionEvaluation:
     """Measure `model` on `blocks`, both as `tokenize_and_pack` makes them; afterwards its routers decide.
+
+    The routers' row has the model's depth gates, if it has some; all others have them open, so that bits are spent.
 
     Static allocations are chosen by `measure_block_sensitivity` on `calibration_blocks`, and measured at the averages
     of the routers and of every precision, and at `static_points` more, spaced evenly from the lowest to the highest.
@@ -69,7 +80,8 @@ def evaluate_precisions(
     lowest, highest = model.precisions[0], model.precisions[-1]
     with _routers_decide_again(model), eval_mode(model):
         with _bar("Evaluating precisions", len(model.precisions) + 1, blocks) as bar:
-            fixed = {bits: _measure(model, bits, blocks, predicted, bar) for bits in model.precisions}
+            with open_gates(model):
+                fixed = {bits: _measure(model, bits, blocks, predicted, bar) for bits in model.precisions}
             router = _measure(model, None, blocks, predicted, bar)
         num_blocks = len(router.shares)
         sensitivity = measure_block_sensitivity(model, num_blocks, calibration_blocks)
@@ -79,12 +91,13 @@ def evaluate_precisions(
         at_router, *others = (allocation_at(allocations, average) for average in (router.average_bits, *averages))
         chosen = {bits for bits in (at_router, *others) if bits is not None}
         known = {(bits,) * num_blocks: measured for bits, measured in fixed.items()}
-        with _bar("Evaluating static allocations", len(chosen - known.keys()), blocks) as bar:
+        with open_gates(model), _bar("Evaluating static allocations", len(chosen - known.keys()), blocks) as bar:
             static = {
                 bits: known.get(bits) or _measure(model, bits, blocks, predicted, bar)
                 for bits in sorted(chosen, key=sum)
             }
-    return PrecisionEvaluation(fixed, router, static, at_router, sensitivity, blocks.num_rows, predicted)
+    trained = any(each.reads_input for each in model.routers.values())
+    return PrecisionEvaluation(fixed, router, static, at_router, sensitivity, trained, blocks.num_rows, predicted)
 
 
 @torch.no_grad()

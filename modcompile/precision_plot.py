@@ -36,7 +36,7 @@ def _draw_quality(axes: Axes, evaluation: PrecisionEvaluation) -> None:
     series = {
         "best static allocation": (list(evaluation.static.values()), ".-", 6),
         "fixed precision": (list(evaluation.fixed.values()), "s", 6),
-        "router": ([evaluation.router], "*", 14),
+        "\n".join(["router", *evaluation.caveats]): ([evaluation.router], "*", 14),
     }
     drawn: list[float] = []
     for name, (measured, style, size) in series.items():

@@ -44,6 +44,11 @@ class PrecisionRouter(nn.Module):
         logits: torch.Tensor = self.last(x)
         return logits if self.for_tokens else logits.unsqueeze(1)
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether its choice depends on the input; not before it is trained."""
+        return bool(self.last.weight.any())
+
     def prefer(self, precision: int) -> None:
         """Start anew with a slight preference for the precision at this position, whatever the input."""
         with torch.no_grad():

@@ -12,22 +12,24 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.open_gates import open_gates
 from modcompile.static_allocation import Sensitivity, measure_sensitivity
 from modcompile.text_loss import batches
 
 
 @torch.no_grad()
 def measure_block_sensitivity(model: LayerwiseQuantizeForCausalLM, num_blocks: int, blocks: Dataset) -> Sensitivity:
-    """The mean over the tokens of `blocks` of KL(highest precision ‖ one block lower), in nats.
+    """The mean over the tokens of `blocks` of KL(highest precision ‖ one block lower), in nats, all depth gates open.
 
     `blocks` are sequences as `tokenize_and_pack` makes them. The model is left with bits that are fixed.
     """
     sums: Sensitivity = [dict.fromkeys(reversed(model.precisions), 0.0) for _ in range(num_blocks)]
     tokens = 0
     calls = num_blocks * (len(model.precisions) - 1) + 2
-    with tqdm(
-        total=calls * blocks.num_rows, desc="Measuring sensitivity", unit="sequence", delay=2, leave=False
-    ) as bar:
+    with (
+        open_gates(model),
+        tqdm(total=calls * blocks.num_rows, desc="Measuring sensitivity", unit="sequence", delay=2, leave=False) as bar,
+    ):
         for batch in batches(blocks, 1, model.device):
             for total, by_bits in zip(sums, _of_sequence(model, num_blocks, batch, bar), strict=True):
                 for bits, increase in by_bits.items():

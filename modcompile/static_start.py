@@ -10,8 +10,9 @@ from modcompile.static_allocation import Allocation, allocation_at, greedy_alloc
 def start_at_static(model: LayerwiseQuantizeForCausalLM, blocks: Dataset, average_bits: float) -> Allocation:
     """Let every router prefer the bits of its block in the best static allocation of at most so many, and return it.
 
-    Sensitivity is measured on `blocks`, sequences as `tokenize_and_pack` makes them. What a training then finds is what
-    depends on the input. Where no allocation has so few bits, it is the one with the fewest.
+    Sensitivity is measured on `blocks`, sequences as `tokenize_and_pack` makes them, with all depth gates open. What a
+    training then finds is what depends on the input. Where no allocation has so few bits, it is the one with the
+    fewest.
     """
     allocations = greedy_allocations(measure_block_sensitivity(model, len(model.routers), blocks))
     model.fix_precision(None)

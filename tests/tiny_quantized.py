@@ -44,9 +44,11 @@ def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
         nn.init.zeros_(gate_router.bias)
 
 
-def save_deciding_routers(folder: Path, depth: RouterConfig | None = None) -> None:
+def save_deciding_routers(
+    folder: Path, depth: RouterConfig | None = None, *, precisions: Sequence[int] | None = None
+) -> None:
     """Write routers that decide into a quantized folder, as a training would; with `depth`, gates too."""
-    model = LayerwiseQuantizeForCausalLM.from_quantized(folder, depth=depth)
+    model = LayerwiseQuantizeForCausalLM.from_quantized(folder, precisions, depth=depth)
     let_routers_decide(model)
     save_precision_routers(model.routers, model.router_config, model.precisions, folder)
     if depth is not None:

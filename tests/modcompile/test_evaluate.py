@@ -8,9 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from modcompile.cli import run
+from modcompile.config import RouterConfig
 from modcompile.evaluate import main
 from tests.folder_contents import contents
-from tests.tiny_quantized import write_tiny_quantized
+from tests.tiny_quantized import save_deciding_routers, write_tiny_quantized
 
 FAST = ["--sequence_length", "32", "--max_samples", "1"]
 
@@ -18,6 +19,14 @@ FAST = ["--sequence_length", "32", "--max_samples", "1"]
 @pytest.fixture(scope="module")
 def quantized_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_quantized(tmp_path_factory.mktemp("quantized") / "tiny", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def gated_folder(quantized_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with routers that decide, and depth gates."""
+    folder = Path(shutil.copytree(quantized_folder, tmp_path_factory.mktemp("gated") / "tiny"))
+    save_deciding_routers(folder, RouterConfig(router_hidden_size=8))
+    return folder
 
 
 @pytest.mark.parametrize(("kind", "scored"), [("routed_folder", "hard"), ("quantized_folder", "router")])
@@ -44,6 +53,11 @@ def test_folder_decides_what_is_evaluated(
             ["--hard_threshold", "0.25", "--batch_size", "2"],
             "is quantized, not routed: leave out --hard_threshold, --batch_size",
         ),
+        (
+            "gated_folder",
+            ["--hard_threshold", "0.25", "--batch_size", "2"],
+            "is quantized, and evaluated one sequence a call: leave out --batch_size",
+        ),
     ],
 )
 def test_flags_of_the_other_kind_are_refused(
@@ -59,6 +73,19 @@ def test_flags_of_the_other_kind_are_refused(
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", f"error: {folder} {message}\n")
     assert contents(folder) == before
+
+
+def test_a_threshold_is_for_the_router_of_a_folder_with_depth_gates(
+    gated_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Above 1, it skips all blocks; the fixed precisions have them all."""
+    own = Path(shutil.copytree(gated_folder, tmp_path / "own"))
+    assert run(partial(main, [str(own), *FAST, "--hard_threshold", "2"])) == 0
+    written = json.loads((own / "report.json").read_text())["evaluation"]
+    assert written["hard_threshold"] == 2
+    assert written["router"]["average_bits"] == 0
+    assert {bits: fixed["average_bits"] for bits, fixed in written["fixed"].items()} == {"2": 2, "4": 4, "16": 16}
+    assert "depth gates at threshold 2\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--precisions", "4"]])

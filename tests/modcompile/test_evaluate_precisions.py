@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
 from transformers import PreTrainedTokenizerFast
 
 from modcompile.cli import run
+from modcompile.config import RouterConfig
 from modcompile.evaluate import main
 from modcompile.evaluate_precisions import PLOT
 from modcompile.evaluation_text import EvaluationTextConfig, load_calibration_blocks, load_evaluation_blocks
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.precision_evaluation import PrecisionMeasurement, evaluate_precisions
 from tests.folder_contents import contents
-from tests.tiny_quantized import BITS, write_tiny_quantized
+from tests.tiny_quantized import BITS, save_deciding_routers, write_tiny_quantized
 
 FAST = ["--sequence_length", "32", "--max_samples", "3", "--calibration_samples", "2"]
 
@@ -62,7 +64,13 @@ def test_report_holds_what_evaluate_precisions_finds(folder: Path, written: dict
     assert written["calibration_sequences"] == 2
     assert written["fixed"] == {str(bits): _numbers(measured) for bits, measured in expected.fixed.items()}
     shares = [{str(bits): share for bits, share in by_bits.items()} for by_bits in expected.router.shares]
-    assert written["router"] == {**_numbers(expected.router), "shares_per_layer": shares}
+    assert written["router"] == {
+        **_numbers(expected.router),
+        "trained": False,
+        "caveats": ["choice of bits untrained"],
+        "shares_per_layer": shares,
+    }
+    assert "hard_threshold" not in written
     assert written["static"] == [
         {
             **_numbers(measured),
@@ -92,9 +100,79 @@ def test_prints_a_plain_table(evaluated: tuple[Path, str], written: dict[str, An
     for row, (name, numbers) in zip(rows, expected, strict=True):
         bits, perplexity, loss = (numbers[key] for key in ("average_bits", "perplexity", "loss"))
         assert row.split()[:4] == [name, f"{bits:.2f}", f"{perplexity:.3f}", f"{loss:.4f}"]
+    assert rows[-1].endswith("  choice of bits untrained")
+    assert [row for row in rows if row.endswith("  the most bits within the router's")] == [rows[len(BITS) - 1]]
     assert layers == "router's bits by layer: 0:16.00 1:16.00 2:16.00"
     assert plotted == f"plotted in {evaluated[0] / PLOT}"
     assert "\x1b" not in evaluated[1]
+
+
+@pytest.mark.parametrize(
+    ("known", "asked_for", "trained"),
+    [(None, None, False), ([4, 16], None, True), ([4, 16], [16], True), ([4, 16], [2, 4], False)],
+)
+def test_routers_that_are_untrained_are_called_so(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    known: list[int] | None,
+    asked_for: list[int] | None,
+    trained: bool,
+) -> None:
+    """Nobody has trained any, or not for these precisions."""
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    if known is not None:
+        save_deciding_routers(own, precisions=known)
+    main([str(own), *FAST, *([] if asked_for is None else ["--precisions", *map(str, asked_for)])])
+    written = json.loads((own / "report.json").read_text())["evaluation"]["router"]
+    assert written["trained"] is trained
+    assert written["caveats"] == ([] if trained else ["choice of bits untrained"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("router ")]
+    assert row.endswith(f"{written['loss']:.4f}{'' if trained else '  choice of bits untrained'}")
+
+
+@pytest.fixture(scope="module")
+def gated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with depth gates beside routers that decide."""
+    own = Path(shutil.copytree(folder, tmp_path_factory.mktemp("gated") / "tiny"))
+    save_deciding_routers(own, RouterConfig(router_hidden_size=8), precisions=[4, 16])
+    return own
+
+
+@pytest.mark.parametrize(
+    ("threshold", "comparable"), [("0", True), ("2", False)], ids=["all gates open", "all blocks skipped"]
+)
+def test_fewer_bits_than_any_static_allocation_are_told(
+    gated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], threshold: str, comparable: bool
+) -> None:
+    own = Path(shutil.copytree(gated, tmp_path / "own"))
+    main([str(own), *FAST, "--hard_threshold", threshold])
+    written = json.loads((own / "report.json").read_text())["evaluation"]
+    assert written["router"]["caveats"] == ([] if comparable else ["fewer bits than any static allocation"])
+    assert sum(point["at_router"] for point in written["static"]) == comparable
+    rows = capsys.readouterr().out.splitlines()
+    assert sum(row.endswith("the most bits within the router's") for row in rows) == comparable
+    told = [row for row in rows if "fewer bits than any static allocation" in row]
+    assert [row.split()[0] for row in told] == ([] if comparable else ["router"])
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_runs_on_the_fastest_device(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Asked of the loading alone, for want of a GPU."""
+    found: list[object] = []
+
+    class _LoadedError(Exception):
+        """Ends the command."""
+
+    def load(*_: object, device: object = "cpu", **__: object) -> None:
+        found.append(device)
+        raise _LoadedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(LayerwiseQuantizeForCausalLM, "from_quantized", load)
+    with pytest.raises(_LoadedError):
+        main([str(folder), *FAST])
+    assert found == [device]
 
 
 def test_only_the_report_and_a_plot_are_written(evaluated: tuple[Path, str], folder: Path) -> None:

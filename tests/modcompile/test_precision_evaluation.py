@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modcompile.config import RouterConfig
 from modcompile.corpus import builtin_documents
 from modcompile.errors import DataError
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
@@ -48,6 +49,14 @@ def model(folder: Path) -> LayerwiseQuantizeForCausalLM:
 @pytest.fixture(scope="module")
 def evaluation(model: LayerwiseQuantizeForCausalLM, blocks: Dataset, calibration: Dataset) -> PrecisionEvaluation:
     return evaluate_precisions(model, blocks, calibration)
+
+
+@pytest.fixture(scope="module")
+def gated(folder: Path) -> LayerwiseQuantizeForCausalLM:
+    """The same with a depth gate at every block, which skips some of the tokens."""
+    layerwise = LayerwiseQuantizeForCausalLM.from_quantized(folder, depth=RouterConfig(router_hidden_size=8))
+    let_routers_decide(layerwise)
+    return layerwise
 
 
 @torch.no_grad()
@@ -124,6 +133,60 @@ def test_router_is_measured_one_sequence_a_call(
     for shares, bits in zip(evaluation.router.shares, bits_by_layer, strict=True):
         assert shares == pytest.approx({choice: bits.count(choice) / tokens for choice in set(bits)})
     assert any(len(shares) > 1 for shares in evaluation.router.shares)
+
+
+def test_depth_gates_skip_for_the_router_alone(
+    gated: LayerwiseQuantizeForCausalLM, folder: Path, blocks: Dataset, calibration: Dataset
+) -> None:
+    gated.set_hard_threshold([0.3, 0.5, 0.7])
+    found = evaluate_precisions(gated, blocks, calibration)
+    assert gated.hard_thresholds == pytest.approx([0.3, 0.5, 0.7])
+    assert [fixed.average_bits for fixed in found.fixed.values()] == BITS
+    for allocation, measured in found.static.items():
+        assert measured.loss == pytest.approx(_reference_loss(plain_model(folder, allocation), blocks), rel=1e-5)
+        assert measured.average_bits == pytest.approx(sum(allocation) / NUM_LAYERS)
+    assert any(0 < shares.get(0, 0) < 1 for shares in found.router.shares)
+    bits, tokens = 0, 0
+    for row in blocks:
+        output = gated.infer_forward(torch.tensor([row["input_ids"][: sum(row["attention_mask"])]]))
+        bits += sum(int(chosen.sum()) for chosen in output.num_bits or ())
+        tokens += sum(row["attention_mask"])
+    assert found.router.average_bits == pytest.approx(bits / tokens / NUM_LAYERS)
+
+
+def test_thresholds_are_restored_after_a_failure(
+    gated: LayerwiseQuantizeForCausalLM, blocks: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at the first call."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        assert gated.hard_thresholds == [0.0] * NUM_LAYERS
+        raise KeyboardInterrupt
+
+    gated.set_hard_threshold(0.5)
+    monkeypatch.setattr(gated, "infer_forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_precisions(gated, blocks, blocks)
+    assert gated.hard_thresholds == [0.5] * NUM_LAYERS
+
+
+def test_fewer_bits_than_the_lowest_precision_compare_with_nothing(
+    gated: LayerwiseQuantizeForCausalLM, blocks: Dataset, calibration: Dataset
+) -> None:
+    gated.set_hard_threshold(2.0)
+    found = evaluate_precisions(gated, blocks, calibration)
+    assert found.router.average_bits == 0
+    assert found.at_router is None
+    assert found.caveats == ["fewer bits than any static allocation"]
+    assert min(measured.average_bits for measured in found.static.values()) == BITS[0]
+
+
+def test_routers_are_trained_once_they_read_the_input(
+    folder: Path, evaluation: PrecisionEvaluation, blocks: Dataset, calibration: Dataset
+) -> None:
+    untrained = evaluate_precisions(LayerwiseQuantizeForCausalLM.from_quantized(folder), blocks, calibration)
+    assert (evaluation.trained, evaluation.caveats) == (True, [])
+    assert (untrained.trained, untrained.caveats) == (False, ["choice of bits untrained"])
 
 
 def test_counts(evaluation: PrecisionEvaluation) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,9 +7,12 @@ from matplotlib.image import imread
 
 from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement
 from modcompile.precision_plot import draw_precisions, plot_precisions
+from modcompile.static_allocation import Allocation
 
 
-def _evaluation(*, lowest_loss: float = 2.5) -> PrecisionEvaluation:
+def _evaluation(
+    *, lowest_loss: float = 2.5, at_router: Allocation | None = (4, 16), trained: bool = True
+) -> PrecisionEvaluation:
     """Of two blocks, the first of which is skipped for some tokens."""
 
     def uniform(loss: float, *bits: int) -> PrecisionMeasurement:
@@ -19,8 +23,9 @@ def _evaluation(*, lowest_loss: float = 2.5) -> PrecisionEvaluation:
         fixed,
         router=PrecisionMeasurement(2.1, ({0: 0.25, 16: 0.75}, {8: 1.0})),
         static={(4, 4): fixed[4], (4, 16): uniform(2.2, 4, 16), (16, 16): fixed[16]},
-        at_router=(4, 16),
+        at_router=at_router,
         sensitivity=[{16: 0.0, 8: 0.1, 4: 0.2}] * 2,
+        trained=trained,
         sequences=2,
         predicted_tokens=20,
     )
@@ -35,6 +40,24 @@ def test_draws_every_measurement() -> None:
         "fixed precision": [[m.average_bits, m.perplexity] for m in evaluation.fixed.values()],
         "router": [[(0.75 * 16 + 8) / 2, evaluation.router.perplexity]],
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({"trained": False}, "router\nchoice of bits untrained"),
+        ({"at_router": None}, "router\nfewer bits than any static allocation"),
+        (
+            {"trained": False, "at_router": None},
+            "router\nchoice of bits untrained\nfewer bits than any static allocation",
+        ),
+    ],
+)
+def test_legend_tells_what_can_not_be_compared(options: dict[str, Any], label: str) -> None:
+    quality, _ = draw_precisions(_evaluation(**options)).axes
+    legend = quality.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["best static allocation", "fixed precision", label]
 
 
 def test_draws_the_choices_of_the_router() -> None:

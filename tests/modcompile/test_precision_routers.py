@@ -61,6 +61,14 @@ def test_it_has_three_layers_of_the_widths_that_it_says() -> None:
     assert shapes == [(128, 8), (128,), (128, 128), (128,), (3, 128), (3,)]
 
 
+def test_tells_whether_its_choice_depends_on_the_input() -> None:
+    assert not _router().reads_input
+    router = _trained()
+    assert router.reads_input
+    router.prefer(1)
+    assert not router.reads_input
+
+
 def test_can_be_let_prefer_a_precision() -> None:
     router = _trained()
     router.prefer(1)

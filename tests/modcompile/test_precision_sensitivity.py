@@ -5,11 +5,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from modcompile.config import RouterConfig
 from modcompile.corpus import builtin_documents
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.packing import tokenize_and_pack
 from modcompile.precision_sensitivity import measure_block_sensitivity
-from tests.tiny_quantized import NUM_LAYERS, plain_model, write_tiny_quantized
+from tests.tiny_quantized import NUM_LAYERS, let_routers_decide, plain_model, write_tiny_quantized
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,15 @@ def test_is_the_divergence_from_the_highest_precision(folder: Path, blocks: Data
             divergence = (expected * (expected.log() - found.log())).sum(-1).mean()
             assert by_bits[bits] == pytest.approx(float(divergence), rel=1e-4)
             assert by_bits[bits] > 0.001
+
+
+def test_depth_gates_are_open(folder: Path, blocks: Dataset) -> None:
+    gated = LayerwiseQuantizeForCausalLM.from_quantized(folder, depth=RouterConfig(router_hidden_size=8))
+    let_routers_decide(gated)
+    plain = measure_block_sensitivity(LayerwiseQuantizeForCausalLM.from_quantized(folder), NUM_LAYERS, blocks)
+    for found, expected in zip(measure_block_sensitivity(gated, NUM_LAYERS, blocks), plain, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert gated.hard_thresholds == [0.5] * NUM_LAYERS
 
 
 def test_one_precision_diverges_from_nothing(folder: Path, blocks: Dataset) -> None:
