@@ -50,13 +50,13 @@ class DepthSubject:
         masks = [told[f"routing.{layer}"] for layer in self._model.routed_layers]
         return np.stack(masks), [int(mask.any()) for mask in masks]
 
-    def measure_shipped(self, shipped: RoutedSession, case: Case, result: Verification) -> None:
-        self._shipped = _first_row_logits(shipped, case)
+    def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
+        self._shipped = _first_row_logits(shipped, cases[0])
 
-    def compare_shipped(self, telling: RoutedSession, case: Case, result: Verification) -> None:
+    def compare_shipped(self, telling: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
         """The logits of the first row must be those of the graph that tells."""
-        telling.thresholds = case.thresholds
-        result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, case))
+        telling.thresholds = cases[0].thresholds
+        result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, cases[0]))
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         """Against float64."""

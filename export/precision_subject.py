@@ -6,7 +6,7 @@ does from the model without rounding. So the artifact's graph is compared with P
 on activations that are not rounded; and the artifact as it is by its perplexity, with PyTorch rounding alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from modcompile.text_loss import TextLoss
 
 SHIPPED_LENGTH = 192
 """Tokens of each row by which the perplexity of the artifact as it is is measured."""
+_FORCED_ROWS = 2
 
 
 class PrecisionSubject:
@@ -35,7 +36,7 @@ class PrecisionSubject:
         self._threshold = hard_threshold
         longest = min(SHIPPED_LENGTH, getattr(model.config, "max_position_embeddings", None) or SHIPPED_LENGTH)
         self._rows = [list(row[:longest]) for row in texts]
-        self._losses = (0.0, 0)
+        self._losses: dict[str, TextLoss] = {}
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self._model.infer_forward(*inputs, **options)
@@ -94,25 +95,39 @@ class PrecisionSubject:
             taken.append(branch)
         return np.stack(routes), taken
 
-    def measure_shipped(self, shipped: RoutedSession, case: Case, result: Verification) -> None:
-        """The cross-entropy of longer rows, as the artifact is."""
-        total, count = 0.0, 0
-        for row in self._rows:
+    def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
+        """The cross-entropy of longer rows, as the artifact is; and of fewer for each way to force its decisions."""
+
+        def logits(row: list[int]) -> torch.Tensor:
             ids = np.array([row])
             mask = np.ones_like(ids)
-            logits, _, _ = shipped.run(ids, mask, mask.cumsum(1) - 1, shipped.empty_cache(1))
-            loss, predicted = _loss(torch.from_numpy(logits), row)
-            total, count = total + loss, count + predicted
-        self._losses = total, count
+            return torch.from_numpy(shipped.run(ids, mask, mask.cumsum(1) - 1, shipped.empty_cache(1))[0])
 
-    def compare_shipped(self, telling: RoutedSession, case: Case, result: Verification) -> None:
+        own, *forced = _decisions(cases)
+        self._losses = {own.name: _text_loss(logits, self._rows)}
+        for case in forced:
+            self.force(shipped, case)
+            self._losses[case.name] = _text_loss(logits, self._rows[:_FORCED_ROWS])
+
+    def compare_shipped(self, telling: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
         """The same in PyTorch, rounding alike."""
+
+        def logits(row: list[int]) -> torch.Tensor | None:
+            return self._model.infer_forward(torch.tensor([row])).logits
+
+        own, *forced = _decisions(cases)
+        self.force(telling, own)
         self._model.round_activations(enabled=True)
-        total = sum(_loss(self._model.infer_forward(torch.tensor([row])).logits, row)[0] for row in self._rows)
+        perplexities = {own.name: self._both(own, _text_loss(logits, self._rows))}
+        for case in forced:
+            self.force(telling, case)
+            perplexities[case.name] = self._both(case, _text_loss(logits, self._rows[:_FORCED_ROWS]))
         self._model.round_activations(enabled=False)
-        shipped, count = self._losses
-        losses = {"torch": total, "onnx": shipped}
-        result.perplexity_rounded = {runtime: TextLoss(loss / count).perplexity for runtime, loss in losses.items()}
+        result.perplexity_rounded = perplexities.pop(own.name)
+        result.perplexities_forced = perplexities
+
+    def _both(self, case: Case, of_torch: TextLoss) -> dict[str, float]:
+        return {"torch": of_torch.perplexity, "onnx": self._losses[case.name].perplexity}
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         """None."""
@@ -125,8 +140,19 @@ class PrecisionSubject:
         result.average_bits = spent
 
 
-def _loss(logits: torch.Tensor | None, row: list[int]) -> tuple[float, int]:
-    """Summed over the predicted tokens, and how many there are."""
-    assert logits is not None
-    targets = torch.tensor(row[1:])
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1], targets, reduction="sum")), len(targets)
+def _decisions(cases: Sequence[Case]) -> list[Case]:
+    """A case for each way to decide, the artifact's own first."""
+    found: dict[Any, Case] = {}
+    for case in cases:
+        found.setdefault((case.thresholds, case.precision_bias), case)
+    return list(found.values())
+
+
+def _text_loss(logits_of: Callable[[list[int]], torch.Tensor | None], rows: Sequence[list[int]]) -> TextLoss:
+    """Over all predicted tokens of the rows."""
+    total = 0.0
+    for row in rows:
+        logits = logits_of(row)
+        assert logits is not None
+        total += float(torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(row[1:]), reduction="sum"))
+    return TextLoss(total / sum(len(row) - 1 for row in rows))

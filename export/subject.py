@@ -41,10 +41,10 @@ class Subject(Protocol):
     def onnx_routes(self, told: Mapping[str, Array], ids: Array) -> tuple[Array, list[int]]:
         """From what the graph that tells returned, by name: `[R, B, T]`, and the branch that each layer took."""
 
-    def measure_shipped(self, shipped: RoutedSession, case: Case, result: Verification) -> None:
+    def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
         """Run the artifact as it is, before the graph that tells: a session at a time."""
 
-    def compare_shipped(self, telling: RoutedSession, case: Case, result: Verification) -> None:
+    def compare_shipped(self, telling: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
         """Compare what was measured with the graph that tells, or with PyTorch."""
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:

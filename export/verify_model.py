@@ -30,10 +30,10 @@ def verify_model(subject: Subject, folder: Path, cases: Sequence[Case]) -> Verif
         onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
         _save_telling(subject, folder / MODEL_FILE, telling, cases[0])
         # One session after the other: each holds the weights.
-        subject.measure_shipped(_session(folder / MODEL_FILE), cases[0], result)
+        subject.measure_shipped(_session(folder / MODEL_FILE), cases, result)
         session = _session(telling)
         _run_cases(subject, session, cases, result)
-        subject.compare_shipped(session, cases[0], result)
+        subject.compare_shipped(session, cases, result)
         result.max_logit_difference = max(result.cases.values())
         doubtful = [case for case in cases if case.name in result.cases_out_of_bounds]
         result.errors_to_double = subject.arbitrate(session, doubtful) if doubtful else {}
@@ -43,6 +43,7 @@ def verify_model(subject: Subject, folder: Path, cases: Sequence[Case]) -> Verif
     except ModcompileError as error:
         result.failures.append(str(error))
     finally:
+        subject.restore()
         telling.unlink(missing_ok=True)
     return result
 
@@ -78,8 +79,6 @@ def _run_cases(subject: Subject, session: RoutedSession, cases: Sequence[Case], 
                 tokens_seen += int(tokens.sum())
                 losses.append(step.losses())
         result.cases[case.name] = max(worst, result.cases.get(case.name, 0.0))
-    subject.restore()
-
     result.equal_routes = equal / result.compared_routes if result.compared_routes else 1.0
     count = sum(number for _, _, number in losses)
     if count:

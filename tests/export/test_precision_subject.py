@@ -31,7 +31,8 @@ ROWS = TEXTS[:2]
 THRESHOLD = 0.5
 NOT_EQUAL = r"logits differ by \S+, more than 0\.001 \(.+\)"
 ROUTES = r"only \S+% of the routes are equal, less than 99\.9%"
-PERPLEXITY = r"the perplexity differs by \S+%, more than 0\.5%"
+PERPLEXITY = r"the perplexity differs by \S+%, more than 0\.5% \(own decisions, row by row\)"
+FORCED = r"the perplexity differs by \S+%, more than 5\.0% \(.+\)"
 KINDS: dict[str, tuple[str, bool, list[int]]] = {
     "one precision": ("sequence", False, [4]),
     "two precisions": ("sequence", False, [4, 16]),
@@ -186,7 +187,7 @@ def test_fails_where_an_if_always_takes_one_side(
     """Executing a layer that no token needs changes no output, so outputs alone would not tell."""
     other = copied(built, tmp_path)
     tamper(other.folder, always(condition, "blocks.1.if"))
-    lines = [ROUTES, *([PERPLEXITY] if condition else []), f"the If of layer 1 was never seen {missing}"]
+    lines = [ROUTES, *([PERPLEXITY, FORCED] if condition else []), f"the If of layer 1 was never seen {missing}"]
     assert_fails(other.verify(), *lines)
 
 
@@ -199,7 +200,7 @@ def test_fails_where_the_branches_of_an_if_are_swapped(built: Exported, tmp_path
         first.name, second.name = second.name, first.name
 
     tamper(other.folder, change)
-    assert_fails(other.verify(), NOT_EQUAL, ROUTES, PERPLEXITY)
+    assert_fails(other.verify(), NOT_EQUAL, ROUTES, PERPLEXITY, FORCED)
 
 
 def replace_initializer(folder: Path, name: str, value: np.ndarray) -> None:
@@ -230,7 +231,10 @@ def test_fails_where_a_code_is_flipped(copy: Exported) -> None:
 def test_fails_where_the_perplexity_is_infinite(copy: Exported) -> None:
     overwrite(copy.folder, "epilogue.model.lm_head.weight", lambda _: np.float32(1e9).tobytes())
     result = copy.verify()
-    assert_fails(result, NOT_EQUAL, "the perplexity differs by inf%, more than 0.5%")
+    infinite = [
+        re.escape(f"the perplexity differs by inf%, more than {bound} (") + r".+\)" for bound in ("0.5%", *["5.0%"] * 4)
+    ]
+    assert_fails(result, NOT_EQUAL, *infinite)
     assert result.perplexity_onnx == result.perplexity_rounded["onnx"] == np.inf
 
 
@@ -310,7 +314,7 @@ def test_fails_where_the_perplexity_as_shipped_differs(three: Exported, monkeypa
     """It is measured on the artifact as it is, and in PyTorch with activations rounded alike."""
     monkeypatch.setattr(verification, "MAX_PERPLEXITY_CHANGE", -1.0)
     result = three.verify()
-    assert_fails(result, r"the perplexity differs by \d\.\d\d%, more than -100\.0%")
+    assert_fails(result, r"the perplexity differs by \d\.\d\d%, more than -100\.0% \(own decisions, row by row\)")
     session = ort.InferenceSession(str(three.folder / MODEL_FILE), providers=["CPUExecutionProvider"])
     losses: dict[str, list[float]] = {"onnx": [], "torch": [], "float": []}
     for row in ROWS:
@@ -331,3 +335,31 @@ def test_fails_where_the_perplexity_as_shipped_differs(three: Exported, monkeypa
     assert result.perplexity_rounded["onnx"] == pytest.approx(expected["onnx"], rel=1e-5)
     assert result.perplexity_rounded["torch"] == pytest.approx(expected["torch"], rel=1e-5)
     assert expected["float"] != pytest.approx(expected["torch"], rel=1e-5)
+
+
+def test_measures_the_artifact_as_shipped_with_every_decision_forced(
+    three: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "MAX_FORCED_CHANGE", -1.0)
+    result = three.verify()
+    names = [f"all at {bits} bits" for bits in BITS] + ["another one in each layer"]
+    assert list(result.perplexities_forced) == names
+    assert [failure.partition("(")[2] for failure in result.failures] == [f"{name})" for name in names]
+    session = ort.InferenceSession(str(three.folder / MODEL_FILE), providers=["CPUExecutionProvider"])
+    forced = {case.name: case for case in three.cases}
+    for name in names:
+        losses = []
+        for row in ROWS:
+            ids = np.array([row])
+            feeds: dict[str, np.ndarray] = {
+                value.name: np.zeros((1, 2, 0, 8), np.float32)
+                for value in session.get_inputs()
+                if value.name.startswith("past_key_values.")
+            }
+            feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(row))[None]}
+            feeds["precision_bias"] = np.array(forced[name].precision_bias, np.float32)
+            logits = torch.from_numpy(session.run(["logits"], feeds)[0])
+            losses.append(float(torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(row[1:]))))
+        found = result.perplexities_forced[name]
+        assert found["onnx"] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
+        assert found["torch"] == pytest.approx(found["onnx"], rel=0.05)

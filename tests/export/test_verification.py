@@ -69,6 +69,7 @@ def test_json_holds_what_was_found() -> None:
         "or_error_to_double_relative_to_torch": 4.0,
         "equal_routes": 0.999,
         "perplexity_change": 0.005,
+        "forced_perplexity_change": 0.05,
     }
     assert {"max_logit_difference", "equal_routes", "perplexity_torch", "perplexity_onnx", "active_ratio"} < data.keys()
     result.failures.append("something")
