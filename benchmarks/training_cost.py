@@ -35,7 +35,7 @@ def main() -> None:
     parser = model_arguments(__doc__)
     parser.add_argument("--batch_size", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--sequence_length", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="steps of each kind (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind (default: %(default)s)")
     args = parser.parse_args()
 
     base = make_base(args)
