@@ -19,27 +19,38 @@ from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes import fuse_operators
+from modcompile.passes.fuse_for_onnxruntime import fuse_for_onnxruntime
+from modcompile.passes.keep_last_logits import LOGITS_TO_KEEP, keep_last_logits
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
 
 IR_VERSION = 11
 ROUTING_THRESHOLD, PRECISION_BIAS = "routing_threshold", "precision_bias"
-_OVERRIDABLE = (ROUTING_THRESHOLD, PRECISION_BIAS)
+CACHE, IN_PLACE, UNFUSED = "modcompile.cache", "in_place", "modcompile.unfused"
+_OVERRIDABLE = (ROUTING_THRESHOLD, PRECISION_BIAS, LOGITS_TO_KEEP)
 
 _SIZES = ({"batch": 2, "sequence": 3, "past": 5}, {"batch": 3, "sequence": 5, "past": 7})
 
 
-def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
+def build_model(gm: fx.GraphModule, *, emit_routing: bool = False, max_positions: int | None = None) -> ir.Model:
     """The ONNX model of a graph in the form that `lower_gates` returns (or in outlined form, for a dense model).
 
-    Weights are not copied: the tensors of the result are those of `gm` until it is saved.
+    With `max_positions`, how long a sequence may get, it has the operators that ONNX Runtime alone has; without, those
+    of the ONNX standard. Weights are not copied: the tensors of the result are those of `gm` until it is saved.
     """
     gm = fuse_operators(gm)
+    metadata = {}
+    if max_positions is not None:
+        fused = fuse_for_onnxruntime(gm, max_positions)
+        gm = fused.gm
+        metadata = {CACHE: IN_PLACE} if fused.updates_in_place else {}
+        metadata |= {UNFUSED: "; ".join(fused.unfused)} if fused.unfused else {}
+        gm = keep_last_logits(gm)
     composer = Composer()
     inputs = _inputs(gm)
     nodes, (logits, *rest) = composer.compose(gm, inputs)
     layers = routed_layers(gm)
     cache, routing = rest[: len(rest) - len(layers)], rest[len(rest) - len(layers) :]
-    outputs = [_named(logits, "logits", ("batch", "sequence", None))]
+    outputs = [_named(logits, "logits", ("batch", "sequence" if max_positions is None else "kept", None))]
     for index, operand in enumerate(cache):
         name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
         outputs.append(_named(operand, name, ("batch", None, "total_sequence", None)))
@@ -66,6 +77,7 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
     )
     functions = list(composer.functions.values())
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="modcompile", functions=functions)
+    model.metadata_props.update(metadata)
     with quiet_exporter():
         ir.passes.Sequential(
             common_passes.InlinePass(),
@@ -77,6 +89,9 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False) -> ir.Model:
             common_passes.RemoveUnusedOpsetsPass(),
             common_passes.ClearMetadataAndDocStringPass(),
         )(model)
+    for value in list(graph.inputs):
+        if value.name == "position_ids" and not value.uses():
+            graph.inputs.remove(value)  # rotary tables are read by the slot of a token
     return model
 
 

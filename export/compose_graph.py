@@ -18,6 +18,7 @@ so is a block lowered once for all layers, and because the exporter gives dimens
 can evaluate.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ from modcompile.export.quantized_translation import VERSION as CONTRIB_VERSION
 from modcompile.export.templates import DOMAIN, OPSET, Example, Template, export_template
 from modcompile.passes.code_key import code_key
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.passes.keep_last_logits import LAST_TOKENS
 
 _COND = torch.ops.higher_order.cond
 
@@ -70,6 +72,9 @@ class Composer:
             elif node.op == "call_function" and node.target is _COND:
                 conditional, env[node] = self._if(gm, node, env, path)
                 nodes.append(conditional)
+            elif node.op == "call_function" and node.target is LAST_TOKENS:
+                added, env[node] = self._last_tokens(env[node.args[0]], env[node.args[1]], path)
+                nodes += added
             elif node.op == "call_function":
                 env[node] = env[node.args[0]][node.args[1]]
         (output,) = gm.graph.find_nodes(op="output")
@@ -115,6 +120,13 @@ class Composer:
         outputs = _values(f"{name}.", len(examples))
         conditional = ir.Node("", "If", [env[needed].value], attributes, outputs=outputs, name=name)
         return conditional, [Operand(*pair) for pair in zip(conditional.outputs, examples, strict=True)]
+
+    def _last_tokens(self, x: Operand, count: Operand, path: str) -> tuple[list[ir.Node], Operand]:
+        end = self.constant(f"{path}last_tokens.end", torch.tensor([sys.maxsize]))
+        axis = self.constant(f"{path}last_tokens.axis", torch.tensor([1]))
+        start = ir.Node("", "Neg", [count.value], outputs=_values(f"{path}last_tokens.start.", 1))
+        last = ir.Node("", "Slice", [x.value, start.outputs[0], end, axis], outputs=_values(f"{path}last_tokens.", 1))
+        return [start, last], Operand(last.outputs[0], x.example)
 
     def _initializer(self, tensor: torch.Tensor, name: str) -> ir.Value:
         if id(tensor) not in self._tensors:

@@ -1,8 +1,9 @@
 """The options of an export."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from modcompile.config import check_threshold
+from modcompile.config import check_choice, check_threshold
 
 
 @dataclass(frozen=True)
@@ -10,9 +11,16 @@ class ExportConfig:
     """How a folder is exported.
 
     Raises:
-        ConfigError: the threshold is negative, infinite or not a number.
+        ConfigError: the target is unknown, or the threshold negative, infinite or not a number.
     """
 
+    target: Literal["ort", "onnx"] = field(
+        default="ort",
+        metadata={
+            "help": "ort: fused operators that ONNX Runtime alone has, and a cache that is updated in place. onnx: "
+            "operators of the ONNX standard."
+        },
+    )
     hard_threshold: float = field(
         default=0.5,
         metadata={"help": "A block is executed where a gate is above this; a session may override it at run time."},
@@ -26,4 +34,5 @@ class ExportConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choice("target", self.target, ("ort", "onnx"))
         check_threshold(self.hard_threshold)

@@ -83,7 +83,8 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         subject, cases = model.verification(_texts(model.config, tokenizer))
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         with _timed("lowering to ONNX", seconds):
-            onnx_model = build_model(model.graph(), emit_routing=config.emit_routing)
+            max_positions = model.max_positions if config.target == "ort" else None
+            onnx_model = build_model(model.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
             del onnx_model

@@ -19,6 +19,8 @@ from modcompile.precision_folder import holds_precisions
 
 Texts = Sequence[Sequence[int]]
 
+_MAX_POSITIONS = 32768  # of a model that sets itself no limit
+
 
 @dataclass(frozen=True)
 class Exportable:
@@ -29,6 +31,11 @@ class Exportable:
     """What is lowered to ONNX."""
     verification: Callable[[Texts], tuple[Subject, list[Case]]]
     """From 8 rows of token ids to what `verify_model` takes."""
+
+    @property
+    def max_positions(self) -> int:
+        """How many tokens a sequence may have."""
+        return int(getattr(self.config, "max_position_embeddings", _MAX_POSITIONS))
 
 
 def load_exportable(source: Path, config: ExportConfig) -> Exportable:

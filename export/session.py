@@ -16,7 +16,8 @@ THRESHOLD_INPUT, BIAS_INPUT = "routing_threshold", "precision_bias"
 
 ROUTING, PRECISION = "routing.", "precision."
 _PAST, _PRESENT = "past_key_values.", "present."
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_REQUIRED_INPUTS = ("input_ids", "attention_mask")
+_TOKEN_INPUTS = (*_REQUIRED_INPUTS, "position_ids")
 
 Array = NDArray[Any]
 Cache = list[ort.OrtValue]
@@ -63,7 +64,8 @@ class RoutedSession:
         outputs = [value.name for value in self._session.get_outputs()]
         self._pasts = {name: value.shape for name, value in inputs.items() if name.startswith(_PAST)}
         self._presents = [name.replace(_PAST, _PRESENT) for name in self._pasts]
-        for name in {*_TOKEN_INPUTS, "logits", *self._presents} - {*inputs, *outputs}:
+        self._token_inputs = [name for name in _TOKEN_INPUTS if name in inputs]
+        for name in {*_REQUIRED_INPUTS, "logits", *self._presents} - {*inputs, *outputs}:
             raise ArtifactError(f"{model_file} has no {name}: it was not made by python -m modcompile.export")
         self._told = [name for name in outputs if name not in ("logits", *self._presents)]
         self._device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
@@ -134,7 +136,7 @@ class RoutedSession:
             ArtifactError: ONNX Runtime stops in the middle of the model.
         """
         arrays = zip(_TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True)
-        feeds = {name: _to_ort(array, np.int64) for name, array in arrays}
+        feeds = {name: _to_ort(array, np.int64) for name, array in arrays if name in self._token_inputs}
         feeds |= zip(self._pasts, cache, strict=True)
         if self._thresholds:
             feeds[THRESHOLD_INPUT] = _to_ort(self._thresholds, np.float32)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from modcompile.errors import VerificationError
+from modcompile.passes.align_rows import RESTORE
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TellRoutes(ir.passes.InPlacePass):
         nodes = {node.name: node for node in model.graph if node.op_type == "If"}
         values = {value.name: value for node in model.graph for value in node.outputs}
         names = {value.name for value in model.graph.outputs}
+        restore = values.get(RESTORE)  # where each token came from, if the graph has aligned its rows
         for layer in self.layers:
             conditional, is_open = nodes.get(f"blocks.{layer}.if"), values.get(f"blocks.{layer}.decide.0")
             if conditional is None or is_open is None:
@@ -49,8 +51,12 @@ class TellRoutes(ir.passes.InPlacePass):
                 node.replace_input_with(index, told)
             if f"routing.{layer}" not in names:
                 axis = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [2])])
-                squeeze = ir.Node("", "Squeeze", [told, axis.outputs[0]])
-                _return(model.graph, [axis], squeeze, f"routing.{layer}")
+                last = ir.Node("", "Squeeze", [told, axis.outputs[0]])
+                before = [axis]
+                if restore is not None:
+                    before.append(last)
+                    last = ir.Node("", "GatherElements", [last.outputs[0], restore], [ir.AttrInt64("axis", 1)])
+                _return(model.graph, before, last, f"routing.{layer}")
         return ir.passes.PassResult(model, modified=bool(self.layers))
 
 

@@ -18,9 +18,9 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
+from modcompile.export import attention_translation, quantized_translation
 from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
-from modcompile.export.quantized_translation import TRANSLATIONS
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes.extract_subgraph import get_attribute
 
@@ -59,7 +59,7 @@ def export_template(module: nn.Module, examples: Sequence[Example], name: str) -
             verbose=False,
             optimize=False,
             opset_version=OPSET,
-            custom_translation_table=dict(TRANSLATIONS),
+            custom_translation_table={**attention_translation.TRANSLATIONS, **quantized_translation.TRANSLATIONS},
         )
         assert program is not None
         graph = program.model.graph

@@ -11,22 +11,20 @@ After::
 The branches of a `torch.cond` take the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import fx
 
+from modcompile.passes.graph_calls import append_placeholders
 from modcompile.passes.outlined_form import copy_graph
 
 
-def add_unused_inputs(gm: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
+def add_unused_inputs(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     """Return the graph with more inputs, behind those that it has.
 
     Keeps equal: every output.
     """
     graph, outputs = copy_graph(gm)
-    last = graph.find_nodes(op="placeholder")[-1]
-    for name in names:
-        with graph.inserting_after(last):
-            last = graph.placeholder(name)
+    append_placeholders(graph, names)
     graph.output(outputs)
     return fx.GraphModule(gm, graph)

@@ -17,7 +17,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from modcompile.passes.cancel_layouts import cancel_layouts
@@ -28,9 +27,8 @@ from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.fuse_attention import fuse_attention
 from modcompile.passes.fuse_rms_norm import fuse_rms_norm
 from modcompile.passes.fuse_rotary_embedding import fuse_rotary_embedding
+from modcompile.passes.graph_calls import calls_of
 from modcompile.passes.outlined_form import copy_graph
-
-_cond = torch.ops.higher_order.cond
 
 
 def fuse_operators(gm: fx.GraphModule) -> fx.GraphModule:
@@ -52,7 +50,7 @@ def _fuse(gm: fx.GraphModule, halves: Sequence[bool]) -> tuple[fx.GraphModule, l
     called: dict[str, nn.Module] = {}
     results: dict[Any, list[bool]] = {}
     for node in graph.nodes:
-        for target, operands in _calls(node):
+        for target, operands in calls_of(node):
             module = gm.get_submodule(target)
             if isinstance(module, fx.GraphModule):
                 called[target], results[node] = _fuse(module, [operand in equal_halves for operand in operands])
@@ -71,15 +69,3 @@ def _fuse(gm: fx.GraphModule, halves: Sequence[bool]) -> tuple[fx.GraphModule, l
     names = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     attributes = {name: called[name] if name in called else get_attribute(gm, name) for name in names}
     return fx.GraphModule(attributes, graph), [value in equal_halves for value in returned]
-
-
-def _calls(node: fx.Node) -> list[tuple[str, Sequence[Any]]]:
-    """The modules that a node calls, and on what."""
-    if node.op == "call_module":
-        return [(str(node.target), node.args)]
-    if node.target is _cond:
-        _, then_branch, else_branch, operands = node.args
-        assert isinstance(operands, list | tuple)
-        branches = [branch for branch in (then_branch, else_branch) if isinstance(branch, fx.Node)]
-        return [(str(branch.target), operands) for branch in branches]
-    return []

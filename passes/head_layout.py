@@ -38,3 +38,28 @@ def split_heads(node: Any) -> SplitHeads | None:
     if len(sizes) != 4 or shape_of(packed) != (*sizes[:2], sizes[2] * sizes[3]):
         return None
     return SplitHeads(packed, view, node)
+
+
+def pack_heads(x: fx.Node) -> fx.Node:
+    """`[B, heads, T, D]` → `[B, T, heads * D]`, where the graph is being inserted into."""
+    if (split := split_heads(x)) is not None:
+        return split.packed
+    transposed = x.graph.call_function(_transpose, (x, 1, 2))
+    transposed.meta["val"] = x.meta["val"].transpose(1, 2)
+    return _reshape(transposed, transposed.meta["val"].flatten(2))
+
+
+def unpack_heads(packed: fx.Node, like: fx.Node) -> fx.Node:
+    """`[B, T, heads * D]` → `[B, heads, T, D]`, the layout of another node, where the graph is being inserted into."""
+    view = _reshape(packed, like.meta["val"].transpose(1, 2))
+    transposed = packed.graph.call_function(_transpose, (view, 1, 2))
+    transposed.meta = dict(like.meta)
+    return transposed
+
+
+def _reshape(x: fx.Node, like: torch.Tensor) -> fx.Node:
+    """Give `x [B, T, …]` the shape of another tensor `[B, T, …]`."""
+    batch, tokens = (x.graph.call_function(torch.ops.aten.sym_size.int, (x, dim)) for dim in range(2))
+    reshaped = x.graph.call_function(torch.ops.aten.reshape.default, (x, [batch, tokens, *map(int, like.shape[2:])]))
+    reshaped.meta["val"] = like
+    return reshaped

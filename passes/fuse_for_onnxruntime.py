@@ -1,0 +1,45 @@
+"""Fuse what ONNX Runtime has an operator for beyond those of the ONNX standard.
+
+Before, as `fuse_operators` leaves it, in every block and branch::
+
+    linear, linear, linear, RotaryEmbedding, RotaryEmbedding, Attention, linear, add, rms_norm, …
+
+After::
+
+    linear, linear, linear, group_query_attention, linear, add, rms_norm, …
+
+A pattern that does not occur in all blocks is left as it is; it is told which, and why.
+"""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from modcompile.passes.align_rows import align_rows
+from modcompile.passes.fuse_group_query_attention import fuse_group_query_attention
+from modcompile.passes.read_attention_inputs import NotFusedError
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A graph, and what became of its patterns."""
+
+    gm: fx.GraphModule
+    updates_in_place: bool
+    """Whether past and present keys and values may be one buffer."""
+    unfused: tuple[str, ...]
+    """For a person: what was not found, and why."""
+
+
+def fuse_for_onnxruntime(gm: fx.GraphModule, max_positions: int) -> Fused:
+    """Fuse a graph that `fuse_operators` has returned; parameters are shared with it.
+
+    `max_positions` is how long a sequence may get.
+
+    Keeps equal: logits and routing masks of tokens that are no padding, but for rounding; and without padding, keys and
+    values.
+    """
+    try:
+        return Fused(align_rows(fuse_group_query_attention(gm, max_positions)), True, ())
+    except NotFusedError as error:
+        return Fused(gm, False, (f"attention: {error}",))
