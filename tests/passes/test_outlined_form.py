@@ -8,9 +8,9 @@ from modcompile.passes.outlined_form import (
     block_calls,
     called_modules,
     copy_graph,
+    gated_layers,
     results,
     routed_calls,
-    routed_layers,
 )
 from modcompile.routers import SoftGate
 from tests.tiny_graphs import outlined_graph, random_routers
@@ -33,8 +33,8 @@ def test_block_calls_are_those_of_all_layers_in_order(forms: dict[str, fx.GraphM
 
 
 @_FORMS
-def test_routed_layers_are_those_with_a_router(forms: dict[str, fx.GraphModule], form: str) -> None:
-    assert routed_layers(forms[form]) == ([] if form == "dense" else [0, 2])
+def test_gated_layers_are_those_with_a_router(forms: dict[str, fx.GraphModule], form: str) -> None:
+    assert gated_layers(forms[form]) == ([] if form == "dense" else [range(1), range(2, 3)])
 
 
 @_FORMS
@@ -45,12 +45,10 @@ def test_a_block_returns_hidden_state_cache_and_mask(forms: dict[str, fx.GraphMo
 
 
 @_FORMS
-def test_returns_logits_then_cache_then_one_value_for_each_routed_layer(
-    forms: dict[str, fx.GraphModule], form: str
-) -> None:
+def test_returns_logits_then_cache_then_one_value_for_each_gate(forms: dict[str, fx.GraphModule], form: str) -> None:
     gm = forms[form]
     _, outputs = copy_graph(gm)
-    assert len(outputs) == 1 + 2 * 3 + len(routed_layers(gm))
+    assert len(outputs) == 1 + 2 * 3 + len(gated_layers(gm))
 
 
 def test_routed_calls_are_nodes_of_the_given_graph(forms: dict[str, fx.GraphModule]) -> None:
