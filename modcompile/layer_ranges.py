@@ -12,5 +12,5 @@ def layers_of(name: str) -> range:
     Raises:
         ValueError: it is no such name.
     """
-    first, _, last = name.partition("-")
-    return range(int(first), int(last or first) + 1)
+    first, dash, last = name.partition("-")
+    return range(int(first), int(last if dash else first) + 1)
