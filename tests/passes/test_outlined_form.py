@@ -1,7 +1,7 @@
 import operator
 
 import pytest
-from torch import fx
+from torch import fx, nn
 
 from modcompile.passes import harden_gates, insert_depth_gates, lower_gates
 from modcompile.passes.outlined_form import (
@@ -9,6 +9,8 @@ from modcompile.passes.outlined_form import (
     called_modules,
     copy_graph,
     gated_layers,
+    inner_block,
+    is_group,
     results,
     routed_calls,
 )
@@ -68,6 +70,22 @@ def test_called_modules_are_shared_and_named_as_called(forms: dict[str, fx.Graph
     modules = called_modules(dense)
     assert set(modules) == {"prologue", "blocks.0", "blocks.1", "blocks.2", "epilogue"}
     assert all(modules[name] is dense.get_submodule(name) for name in modules)
+
+
+def test_a_group_is_what_only_calls_modules(forms: dict[str, fx.GraphModule]) -> None:
+    dense = forms["dense"]
+    assert is_group(dense)  # it calls prologue, blocks and epilogue
+    assert not any(is_group(module) for module in called_modules(dense).values())
+    assert not is_group(forms["lowered"].get_submodule("blocks.0"))
+    assert not is_group(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_inner_block_is_the_one_that_the_gate_changes(forms: dict[str, fx.GraphModule], layer: int) -> None:
+    for form in ("soft", "hard"):
+        block = forms[form].get_submodule(f"blocks.{layer}.block")
+        assert isinstance(block, fx.GraphModule)
+        assert inner_block(block) is forms["dense"].get_submodule(f"blocks.{layer}")
 
 
 def test_copied_graph_has_no_output_yet(forms: dict[str, fx.GraphModule]) -> None:
