@@ -27,7 +27,7 @@ from modcompile.config import RouterConfig
 from modcompile.export.build_model import build_model
 from modcompile.export.session import RoutedSession
 from modcompile.export.verification import versions
-from modcompile.passes.outlined_form import routed_layers
+from modcompile.passes.outlined_form import gated_layers
 from modcompile.routed_graph import build_routed, trace_outlined
 from modcompile.tracing import find_layers
 
@@ -86,7 +86,7 @@ def export_twice_the_depth(base: PreTrainedModel, folder: Path) -> float:
     try:
         start = perf_counter()
         graph = build_routed(deeper, RouterConfig()).hard_graph()
-        assert len(routed_layers(graph)) == 2 * len(members)
+        assert len(gated_layers(graph)) == 2 * len(members)
         ir.save(build_model(graph), folder / "deep.onnx", external_data="deep.onnx.data")
         return perf_counter() - start
     finally:

@@ -2,9 +2,9 @@
 
 Inputs `input_ids [B, T]`, `attention_mask [B, P + T]`, `position_ids [B, T]`, `past_key_values.{i}.key|value
 [B, heads, P, D]`; outputs `logits [B, T, V]`, `present.{i}.key|value [B, heads, P + T, D]` and, if asked for, for each
-routed layer i `routing.{i}` (bool `[B, T]`) or `precision.{i}` (int64 `[B, T]`, bits). `routing_threshold` (float32,
-one a routed layer) or `precision_bias` (float32 `[routed layers, precisions]`) is an initializer that is also an input:
-a session may override it, and need not know of it.
+routed layer i `routing.{i}` (bool `[B, T]`) or `precision.{i}` (int64 `[B, T]`, bits); where the layers 2 to 4 share a
+gate, `routing.2-4`. `routing_threshold` (float32, one a gate) or `precision_bias` (float32 `[routed layers,
+precisions]`) is an initializer that is also an input: a session may override it, and need not know of it.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ from modcompile.export.compose_graph import Composer, Operand, opset_imports
 from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.export.quiet_exporter import quiet_exporter
+from modcompile.layer_ranges import name_of
 from modcompile.passes import fuse_operators
 from modcompile.passes.fuse_for_onnxruntime import fuse_for_onnxruntime
 from modcompile.passes.keep_last_logits import LOGITS_TO_KEEP, keep_last_logits
-from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, routed_layers
+from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, gated_layers
 
 IR_VERSION = 11
 ROUTING_THRESHOLD, PRECISION_BIAS = "routing_threshold", "precision_bias"
@@ -48,23 +49,23 @@ def build_model(gm: fx.GraphModule, *, emit_routing: bool = False, max_positions
     composer = Composer()
     inputs = _inputs(gm)
     nodes, (logits, *rest) = composer.compose(gm, inputs)
-    layers = routed_layers(gm)
-    cache, routing = rest[: len(rest) - len(layers)], rest[len(rest) - len(layers) :]
+    names = [name_of(layers) for layers in gated_layers(gm)]
+    cache, routing = rest[: len(rest) - len(names)], rest[len(rest) - len(names) :]
     outputs = [_named(logits, "logits", ("batch", "sequence" if max_positions is None else "kept", None))]
     for index, operand in enumerate(cache):
         name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
         outputs.append(_named(operand, name, ("batch", None, "total_sequence", None)))
     overridable = [composer.initializers[name] for name in _OVERRIDABLE if name in composer.initializers]
     if emit_routing and PRECISION_BIAS in composer.initializers:
-        for layer, operand in zip(layers, routing, strict=True):
-            outputs.append(_named(operand, f"precision.{layer}", ("batch", "sequence")))
+        for layers, operand in zip(names, routing, strict=True):
+            outputs.append(_named(operand, f"precision.{layers}", ("batch", "sequence")))
     elif emit_routing:
         axis = composer.constant("routing.axis", torch.tensor([2]))
-        for layer, operand in zip(layers, routing, strict=True):
-            nodes.append(ir.Node("", "Squeeze", [operand.value, axis], name=f"routing.{layer}"))
+        for layers, operand in zip(names, routing, strict=True):
+            nodes.append(ir.Node("", "Squeeze", [operand.value, axis], name=f"routing.{layers}"))
             first, second = (tensor.squeeze(2) for tensor in operand.example)
             squeezed = Operand(nodes[-1].outputs[0], (first, second))
-            outputs.append(_named(squeezed, f"routing.{layer}", ("batch", "sequence")))
+            outputs.append(_named(squeezed, f"routing.{layers}", ("batch", "sequence")))
 
     graph_inputs = [*(operand.value for operand in inputs), *overridable]
     graph = ir.Graph(

@@ -13,9 +13,9 @@ After::
     hidden, key, value = If(needed, then_branch = { then(…, <parameters>) }, else_branch = { else(…, <parameters>) })
 
 Every function is a template (`modcompile.export.templates`): calls of modules with the same code call the same
-function. The graph is put together from the FX graph here, rather than by exporting `torch.cond` itself, because only
-so is a block lowered once for all layers, and because the exporter gives dimensions behind a `cond` names that nobody
-can evaluate.
+function, and a group of blocks is a call for each of them. The graph is put together from the FX graph here, rather
+than by exporting `torch.cond` itself, because only so is a block lowered once for all layers, and because the exporter
+gives dimensions behind a `cond` names that nobody can evaluate.
 """
 
 import sys
@@ -34,6 +34,7 @@ from modcompile.export.templates import DOMAIN, OPSET, Example, Template, export
 from modcompile.passes.code_key import code_key
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.keep_last_logits import LAST_TOKENS
+from modcompile.passes.outlined_form import is_group
 
 _COND = torch.ops.higher_order.cond
 
@@ -81,7 +82,7 @@ class Composer:
         return nodes, [env[node] for node in output.args[0]]
 
     def _call(self, module: nn.Module, args: list[Operand], path: str) -> tuple[list[ir.Node], list[Operand]]:
-        if isinstance(module, fx.GraphModule) and any(node.target is _COND for node in module.graph.nodes):
+        if isinstance(module, fx.GraphModule) and (is_group(module) or _has_cond(module)):
             return self.compose(module, args, path)
         sizes = tuple((first.shape, second.shape, first.dtype) for first, second in (arg.example for arg in args))
         key = (code_key(module), sizes)
@@ -148,6 +149,10 @@ class Composer:
         value = ir.Value(name=name, type=ir.TensorType(data.dtype), shape=shape, const_value=data)
         self.initializers[name] = value
         return value
+
+
+def _has_cond(gm: fx.GraphModule) -> bool:
+    return any(node.target is _COND for node in gm.graph.nodes)
 
 
 def _values(path: str, count: int) -> list[ir.Value]:

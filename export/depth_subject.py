@@ -12,6 +12,7 @@ from modcompile.export.session import THRESHOLD_INPUT, Array, RoutedSession
 from modcompile.export.tell_routes import TellRoutes
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import Case
+from modcompile.layer_ranges import name_of
 from modcompile.modeling import RoutedForCausalLM
 
 
@@ -41,13 +42,13 @@ class DepthSubject:
         self._model.set_router_mode(self._before)
 
     def tell(self, model: ir.Model) -> None:
-        TellRoutes(self._model.routed_layers)(model)
+        TellRoutes(self._model.gated_layers)(model)
 
     def torch_routes(self, output: Any) -> Array:
         return np.stack([gate.squeeze(-1).numpy() for gate in output.gates])
 
     def onnx_routes(self, told: Mapping[str, Array], ids: Array) -> tuple[Array, list[int]]:
-        masks = [told[f"routing.{layer}"] for layer in self._model.routed_layers]
+        masks = [told[f"routing.{name_of(layers)}"] for layers in self._model.gated_layers for _ in layers]
         return np.stack(masks), [int(mask.any()) for mask in masks]
 
     def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modcompile.counted_bits import CountedBits
 from modcompile.export.session import PRECISION, ROUTING, Array, RoutedSession
+from modcompile.layer_ranges import name_of
 from modcompile.usage import RoutingUsage
 
 
@@ -45,7 +46,8 @@ def generate(
     own); no other field of `config` is looked at. The streamer gets the prompt first, then every token.
     """
     processors = _logits_processors(config)
-    usage = RoutingUsage(session.routed_layers) if session.routed_layers else None
+    routed_layers = tuple(layer for layers in session.gated_layers for layer in layers)
+    usage = RoutingUsage(routed_layers) if routed_layers else None
     bits = CountedBits() if session.precision_layers else None
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if streamer is not None:
@@ -57,7 +59,11 @@ def generate(
         position_ids = np.arange(sequence.shape[1])[None, -new_tokens.shape[1] :]
         logits, cache, told = session.run(new_tokens.numpy(), attention_mask, position_ids, cache)
         if usage is not None:
-            masks = [torch.from_numpy(told[f"{ROUTING}{layer}"])[..., None] for layer in session.routed_layers]
+            masks = [
+                torch.from_numpy(told[f"{ROUTING}{name_of(layers)}"])[..., None]
+                for layers in session.gated_layers
+                for _ in layers
+            ]
             usage.update(masks, torch.ones_like(new_tokens))
         if bits is not None:
             told_bits = [torch.from_numpy(told[f"{PRECISION}{layer}"]) for layer in session.precision_layers]

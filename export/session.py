@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from modcompile.config import check_threshold
 from modcompile.errors import ArtifactError, ConfigError
+from modcompile.layer_ranges import layers_of
 
 MODEL_FILE = "model.onnx"
 THRESHOLD_INPUT, BIAS_INPUT = "routing_threshold", "precision_bias"
@@ -27,8 +28,8 @@ Cache = list[ort.OrtValue]
 class RoutedSession:
     """An ONNX Runtime session on a `model.onnx` of ours.
 
-    `routed_layers` are those whose routing masks the artifact tells, `precision_layers` those whose bits it tells: none
-    if it was exported without --emit_routing. `num_thresholds` is the number of layers with a depth gate, `bias_shape`
+    `gated_layers` are the layers of each routing mask that the artifact tells, `precision_layers` those whose bits it
+    tells: none if it was exported without --emit_routing. `num_thresholds` is the number of depth gates, `bias_shape`
     the number of layers that choose a precision, and of precisions. Without `providers`, CUDA is used where this
     onnxruntime has it, else the CPU.
 
@@ -69,10 +70,11 @@ class RoutedSession:
             raise ArtifactError(f"{model_file} has no {name}: it was not made by python -m modcompile.export")
         self._told = [name for name in outputs if name not in ("logits", *self._presents)]
         self._device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
-        self.routed_layers, self.precision_layers = (
-            tuple(int(name.removeprefix(prefix)) for name in self._told if name.startswith(prefix))
+        self.gated_layers, precise_layers = (
+            tuple(layers_of(name.removeprefix(prefix)) for name in self._told if name.startswith(prefix))
             for prefix in (ROUTING, PRECISION)
         )
+        self.precision_layers = tuple(layers.start for layers in precise_layers)
         self.num_thresholds = int(optional[THRESHOLD_INPUT].shape[0]) if THRESHOLD_INPUT in optional else 0
         self.bias_shape = tuple(map(int, optional[BIAS_INPUT].shape)) if BIAS_INPUT in optional else (0, 0)
         self.thresholds = thresholds
@@ -80,12 +82,12 @@ class RoutedSession:
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """What overrides the thresholds of the artifact, one a routed layer; None leaves them as they are.
+        """What overrides the thresholds of the artifact, one a gate; None leaves them as they are.
 
-        One number may be assigned for all layers.
+        One number may be assigned for all gates.
 
         Raises:
-            ConfigError: a threshold is negative, infinite or not a number, or there are not as many as routed layers.
+            ConfigError: a threshold is negative, infinite or not a number, or there are not as many as gates.
         """
         return self._thresholds
 
@@ -96,7 +98,7 @@ class RoutedSession:
             return
         given = list(values) if isinstance(values, Sequence) else [values] * self.num_thresholds
         if len(given) != self.num_thresholds:
-            raise ConfigError(f"{len(given)} thresholds for {self.num_thresholds} routed layers; give one, or one each")
+            raise ConfigError(f"{len(given)} thresholds for {self.num_thresholds} gates; give one, or one each")
         self._thresholds = tuple(map(check_threshold, given))
 
     def set_precision_bias(self, bias: Any) -> None:

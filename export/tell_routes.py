@@ -10,7 +10,7 @@ After::
     hidden, key, value, told = If(needed,
         then_branch = { …  told = Or(open, Not(ReduceMax(open))) },
         else_branch = { …  told = And(open, false) })
-    routing.{layer} = Squeeze(told, 2)
+    routing.{layers} = Squeeze(told, 2)
 
 What is told is made inside the branches, so it is what was done and not what was asked for: a layer that ran although
 no token needed it tells that it ran for all of them, and one that was skipped tells that it ran for none.
@@ -23,41 +23,44 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from modcompile.errors import VerificationError
+from modcompile.layer_ranges import name_of
 from modcompile.passes.align_rows import RESTORE
 
 
 @dataclass(frozen=True)
 class TellRoutes(ir.passes.InPlacePass):
-    """Add `routing.{layer}` (bool `[B, T]`) for each of `layers`, or have what has this name tell what was done.
+    """Add `routing.{layers}` (bool `[B, T]`) for each gate, or have what has this name tell what was done.
+
+    `gated_layers` are the layers that each gate executes or skips together.
 
     Raises:
-        VerificationError: a layer has no `If`, or no decision, of its own.
+        VerificationError: a gate has no `If`, or no decision, of its own.
     """
 
-    layers: Sequence[int]
+    gated_layers: Sequence[range]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = {node.name: node for node in model.graph if node.op_type == "If"}
         values = {value.name: value for node in model.graph for value in node.outputs}
         names = {value.name for value in model.graph.outputs}
         restore = values.get(RESTORE)  # where each token came from, if the graph has aligned its rows
-        for layer in self.layers:
-            conditional, is_open = nodes.get(f"blocks.{layer}.if"), values.get(f"blocks.{layer}.decide.0")
+        for layers in map(name_of, self.gated_layers):
+            conditional, is_open = nodes.get(f"blocks.{layers}.if"), values.get(f"blocks.{layers}.decide.0")
             if conditional is None or is_open is None:
-                raise VerificationError(f"layer {layer} has no If of its own")
-            told = _tell(conditional, is_open, f"blocks.{layer}.told")
-            mask = values.get(f"blocks.{layer}.decide.1")
+                raise VerificationError(f"layer {layers} has no If of its own")
+            told = _tell(conditional, is_open, f"blocks.{layers}.told")
+            mask = values.get(f"blocks.{layers}.decide.1")
             for node, index in mask.uses() if mask is not None else ():
                 node.replace_input_with(index, told)
-            if f"routing.{layer}" not in names:
+            if f"routing.{layers}" not in names:
                 axis = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [2])])
                 last = ir.Node("", "Squeeze", [told, axis.outputs[0]])
                 before = [axis]
                 if restore is not None:
                     before.append(last)
                     last = ir.Node("", "GatherElements", [last.outputs[0], restore], [ir.AttrInt64("axis", 1)])
-                _return(model.graph, before, last, f"routing.{layer}")
-        return ir.passes.PassResult(model, modified=bool(self.layers))
+                _return(model.graph, before, last, f"routing.{layers}")
+        return ir.passes.PassResult(model, modified=bool(self.gated_layers))
 
 
 def _tell(conditional: ir.Node, is_open: ir.Value, name: str) -> ir.Value:

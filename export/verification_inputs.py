@@ -53,7 +53,7 @@ def verification_cases(
     steps.
     """
     prefills, decodes = split_texts(model.config, texts)
-    count = len(model.routed_layers)
+    count = len(model.gated_layers)
     cases = [
         Case("own thresholds, row by row", tuple(thresholds), (prefill,), (decode,))
         for prefill, decode in zip(prefills, decodes, strict=True)
@@ -86,14 +86,14 @@ def _fill(tokens: Sequence[int], length: int) -> tuple[int, ...]:
 
 
 def _halving_thresholds(model: RoutedForCausalLM, prefills: Sequence[Sequence[int]]) -> list[float]:
-    """For each layer a threshold that splits the tokens about in half."""
+    """For each gate a threshold that splits the tokens about in half."""
     before = model.hard_thresholds
     model.set_router_mode(None)
     with module_outputs(model.routers) as logits, torch.no_grad():
         for prefill in prefills:
             model(torch.tensor([prefill], device=model.device))
     model.set_router_mode(before)
-    return [splitting_threshold(torch.cat([each.flatten() for each in of_layer])) for of_layer in logits.values()]
+    return [splitting_threshold(torch.cat([each.flatten() for each in of_gate])) for of_gate in logits.values()]
 
 
 def splitting_threshold(router_logits: torch.Tensor) -> float:

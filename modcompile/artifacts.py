@@ -61,7 +61,7 @@ def load_with_routers(
     device: str | torch.device = "cpu",
     use_cache: bool = True,
 ) -> RoutedForCausalLM:
-    """Read a routed folder; hard at a threshold (one, or one for each routed layer), or soft with None.
+    """Read a routed folder; hard at a threshold (one, or one for each gate), or soft with None.
 
     Without `use_cache` the graph takes and returns no keys and values, which suits training.
 

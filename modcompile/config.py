@@ -28,8 +28,18 @@ class RouterConfig:
         ConfigError: an option is outside of its range.
     """
 
-    router_hidden_size: int = field(default=32, metadata={"help": "Width of a router's hidden layer."})
+    router_hidden_size: int = field(
+        default=32,
+        metadata={"help": "Width of a router's hidden layer; 0 for a router without one, a single linear product."},
+    )
     router_dropout: float = field(default=0.0, metadata={"help": "Dropout on a router's hidden layer while training."})
+    blocks_per_gate: int = field(
+        default=1,
+        metadata={
+            "help": "Give so many consecutive layers one router and gate, that execute or skip all of them for a "
+            "token. Where the routed layers are no multiple of it, the last gate has fewer."
+        },
+    )
     router_pattern: Literal["all", "every_other"] = field(
         default="all",
         metadata={"help": "Route all layers of the range, or every other one, beginning with the first of the range."},
@@ -62,13 +72,19 @@ class RouterConfig:
     )
 
     def __post_init__(self) -> None:
-        check("router_hidden_size", self.router_hidden_size, at_least=1)
+        check("router_hidden_size", self.router_hidden_size, at_least=0)
         check("router_dropout", self.router_dropout, at_least=0, below=1)
+        check("blocks_per_gate", self.blocks_per_gate, at_least=1)
         check("router_start", self.router_start, at_least=0)
         check("lock_first_layers", self.lock_first_layers, at_least=0)
         check("lock_last_layers", self.lock_last_layers, at_least=0)
         check_choice("router_pattern", self.router_pattern, ("all", "every_other"))
         check_choice("gate", self.gate, tuple(INIT_BIAS))
+        if self.blocks_per_gate > 1 and self.router_pattern == "every_other":
+            raise ConfigError(
+                f"--blocks_per_gate {self.blocks_per_gate} is for consecutive layers, and --router_pattern every_other "
+                "routes none; leave one of them out"
+            )
         if self.router_init_bias is not None:
             # An open gate is what makes the untrained model, run hard, the dense one.
             check("router_init_bias", self.router_init_bias, above=0)
@@ -79,7 +95,7 @@ class RouterConfig:
         return INIT_BIAS[self.gate] if self.router_init_bias is None else self.router_init_bias
 
     def routed_layers(self, num_layers: int) -> list[int]:
-        """The layers that get a router, in order.
+        """The layers that a gate executes or skips, in order; layers that share a gate count each.
 
         Raises:
             ConfigError: the range lies outside of the model, or selects nothing.
@@ -100,6 +116,16 @@ class RouterConfig:
                 "lock fewer"
             )
         return layers
+
+    def gated_layers(self, num_layers: int) -> list[range]:
+        """For each gate, in order, the layers that it executes or skips together: `blocks_per_gate`, or what is left.
+
+        Raises:
+            ConfigError: the range lies outside of the model, or selects nothing.
+        """
+        layers = self.routed_layers(num_layers)
+        groups = [layers[start:][: self.blocks_per_gate] for start in range(0, len(layers), self.blocks_per_gate)]
+        return [range(group[0], group[-1] + 1) for group in groups]
 
 
 @dataclass(frozen=True)

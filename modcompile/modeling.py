@@ -16,15 +16,19 @@ from modcompile.config import RouterConfig, check_threshold
 from modcompile.errors import ConfigError
 from modcompile.gradient_checkpointing import checkpoint_blocks
 from modcompile.graph_inputs import cache_inputs, graph_inputs, updated_cache
+from modcompile.layer_ranges import name_of
 from modcompile.passes import harden_gates, lower_gates
-from modcompile.passes.outlined_form import routed_layers
+from modcompile.passes.outlined_form import gated_layers
 from modcompile.passes.retarget_device import retarget_device
 from modcompile.usage import RoutingUsage
 
 
 @dataclass
 class RoutedCausalLMOutput(CausalLMOutputWithPast):
-    """Adds the gates (soft) or routing masks (hard) `[B, T, 1]`, one a routed layer, and the tokens' mask `[B, T]`."""
+    """Adds the gates (soft) or routing masks (hard) `[B, T, 1]`, one a routed layer, and the tokens' mask `[B, T]`.
+
+    Layers that share a gate each have it here.
+    """
 
     gates: tuple[torch.Tensor, ...] | None = None
     tokens: torch.Tensor | None = None
@@ -36,6 +40,9 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     Soft (`hard_threshold` None), every block runs and is mixed by its gate. Hard, a block runs for a call if one of the
     tokens has a gate above the threshold, changes those tokens only, and always appends its keys and values; no
     gradient flows. `usage` counts what was active since `reset_usage()` or the last `generate()`.
+
+    A routed layer is one that a gate may skip. `routed_layers` are all of them, `gated_layers` for each gate those that
+    it executes or skips together: one, or with `blocks_per_gate` several consecutive ones.
     """
 
     main_input_name = "input_ids"
@@ -49,7 +56,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = base.generation_config
         self.graph = soft
         self.router_config = router_config
-        self.routed_layers = tuple(routed_layers(soft))
+        self.gated_layers = tuple(gated_layers(soft))
+        self.routed_layers = tuple(layer for layers in self.gated_layers for layer in layers)
         self.usage = RoutingUsage(self.routed_layers)
         # Not a submodule: its parameters are those of the graph, under the names of the checkpoint.
         self._base = (base,)
@@ -67,8 +75,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def routers(self) -> dict[int, nn.Module]:
-        """The router of every routed layer, by the layer's index."""
-        return {layer: self.graph.get_submodule(f"blocks.{layer}.router") for layer in self.routed_layers}
+        """The router of every gate, by the index of the first layer that it decides on."""
+        return {
+            layers.start: self.graph.get_submodule(f"blocks.{name_of(layers)}.router") for layers in self.gated_layers
+        }
 
     def router_parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -81,7 +91,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def hard_thresholds(self) -> list[float] | None:
-        """The threshold of every routed layer, or None while the model is soft."""
+        """The threshold of every gate, or None while the model is soft."""
         return None if self._thresholds is None else self._thresholds.tolist()
 
     @property
@@ -99,19 +109,17 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.usage = RoutingUsage(self.routed_layers)
 
     def set_router_mode(self, hard_threshold: float | Sequence[float] | None) -> None:
-        """Hard at a threshold (one for all routed layers, or one each), or soft with None.
+        """Hard at a threshold (one for all gates, or one each), or soft with None.
 
         Raises:
-            ConfigError: a threshold is negative, infinite or not a number, or there are not as many as routed layers.
+            ConfigError: a threshold is negative, infinite or not a number, or there are not as many as gates.
         """
         if hard_threshold is None:
             self._thresholds = None
             return
-        given = hard_threshold if isinstance(hard_threshold, Sequence) else [hard_threshold] * len(self.routed_layers)
-        if len(given) != len(self.routed_layers):
-            raise ConfigError(
-                f"{len(given)} thresholds for {len(self.routed_layers)} routed layers; give one, or one each"
-            )
+        given = hard_threshold if isinstance(hard_threshold, Sequence) else [hard_threshold] * len(self.gated_layers)
+        if len(given) != len(self.gated_layers):
+            raise ConfigError(f"{len(given)} thresholds for {len(self.gated_layers)} gates; give one, or one each")
         self._thresholds = torch.tensor([check_threshold(value) for value in given])
 
     def hard_graph(self) -> fx.GraphModule:
@@ -149,8 +157,9 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             with torch.no_grad():
                 outputs = self.hard_graph()(*inputs)
         logits, *rest = outputs
-        cut = len(rest) - len(self.routed_layers)
-        present, gates = rest[:cut], tuple(rest[cut:])
+        cut = len(rest) - len(self.gated_layers)
+        present = rest[:cut]
+        gates = tuple(gate for gate, layers in zip(rest[cut:], self.gated_layers, strict=True) for _ in layers)
         self.usage.update(gates, tokens)
 
         if use_cache is None:
@@ -212,5 +221,5 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def set_router_mode(model: RoutedForCausalLM, hard_threshold: float | Sequence[float] | None) -> None:
-    """Hard at a threshold (one for all routed layers, or one each), or soft with None."""
+    """Hard at a threshold (one for all gates, or one each), or soft with None."""
     model.set_router_mode(hard_threshold)

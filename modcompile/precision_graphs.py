@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from modcompile.config import RouterConfig
+from modcompile.errors import ConfigError
 from modcompile.packed_router import PackedRouter
 from modcompile.passes import choose_precision, insert_precision_branches
 from modcompile.passes.outlined_form import block_calls
@@ -15,12 +16,32 @@ from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, tra
 from modcompile.routers import HardenedGate
 
 
+def check_composable(depth: RouterConfig) -> None:
+    """Refuse depth gates that blocks of several precisions can't have.
+
+    Raises:
+        ConfigError: blocks share a gate, but to be skipped is one of the choices that each makes by itself.
+    """
+    if depth.blocks_per_gate > 1:
+        raise ConfigError(
+            f"blocks that choose their bits need a depth gate each, but --blocks_per_gate is {depth.blocks_per_gate}; "
+            "make depth gates with --blocks_per_gate 1"
+        )
+
+
 class PrecisionGraphs:
-    """Makes the graphs; they share the routers made here, the mixer, and the parameters of the base."""
+    """Makes the graphs; they share the routers made here, the mixer, and the parameters of the base.
+
+    Raises:
+        ConfigError: see `check_composable`; or `depth` selects no layer of this model.
+        UnsupportedModelError: the base can't be traced, or is no chain of decoder blocks.
+    """
 
     def __init__(
         self, checkpoint: PrecisionCheckpoint, config: PrecisionRouterConfig, depth: RouterConfig | None
     ) -> None:
+        if depth is not None:
+            check_composable(depth)
         self._base = checkpoint.base
         self._config = config
         self._weights = PrecisionWeights(checkpoint)

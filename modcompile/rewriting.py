@@ -101,4 +101,6 @@ def rewrite_model(base: PreTrainedModel, config: RouterConfig) -> tuple[RoutedFo
 
 def describe(model: RoutedForCausalLM) -> str:
     """One line: what is routed, and how small the routers are."""
-    return f"{type(model.base).__name__}, {len(model.routed_layers)} routed layers; {describe_share(model)}"
+    layers, gates = len(model.routed_layers), len(model.gated_layers)
+    shared = f" with {gates} gates" if gates < layers else ""
+    return f"{type(model.base).__name__}, {layers} routed layers{shared}; {describe_share(model)}"

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from modcompile.config import RouterConfig
 from modcompile.modeling import RoutedForCausalLM
-from modcompile.passes import drop_guards, insert_depth_gates, outline_blocks, repeat_blocks
+from modcompile.passes import drop_guards, group_blocks, insert_depth_gates, outline_blocks, repeat_blocks
 from modcompile.passes.outlined_form import block_calls, results
 from modcompile.routers import DepthRouter, SoftGate, StraightThroughGate
 from modcompile.tracing import find_layers, layers_are_alike, trace_causal_lm, truncated
@@ -35,9 +35,8 @@ def trace_again(model: RoutedForCausalLM) -> fx.GraphModule:
     Raises:
         UnsupportedModelError: the model can't be traced in its new dtype.
     """
-    dense = trace_outlined(model.base, use_cache=model.takes_cache)
-    gate = model.graph.get_submodule(f"blocks.{model.routed_layers[0]}.gate")
-    graph = insert_depth_gates(dense, model.routers, gate)
+    grouped = group_blocks(trace_outlined(model.base, use_cache=model.takes_cache), model.gated_layers)
+    graph = insert_depth_gates(grouped, model.routers, make_gate(model.router_config))
     return graph.train(model.training)
 
 
@@ -63,11 +62,12 @@ def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModul
     Raises:
         ConfigError: `config` selects no layer of this model.
     """
-    return insert_depth_gates(dense, make_routers(dense, config), make_gate(config))
+    grouped = group_blocks(dense, config.gated_layers(len(block_calls(dense.graph))))
+    return insert_depth_gates(grouped, make_routers(dense, config), make_gate(config))
 
 
 def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Module]:
-    """New routers for an outlined graph, by the layers where `config` wants them, in order.
+    """New routers for an outlined graph without groups, by the first layer of each gate that `config` wants, in order.
 
     Raises:
         ConfigError: `config` selects no layer of this model.
@@ -75,7 +75,7 @@ def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Mo
     calls = block_calls(dense.graph)
     like = next(dense.parameters())
     routers: dict[int, nn.Module] = {}
-    for layer in config.routed_layers(len(calls)):
+    for layers in config.gated_layers(len(calls)):
         router = DepthRouter(
             hidden_size_of(dense),
             config.router_hidden_size,
@@ -83,7 +83,7 @@ def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Mo
             layer_norm=config.layer_norm_router_input,
             init_bias=config.init_bias,
         )
-        routers[layer] = router.to(device=like.device, dtype=like.dtype)
+        routers[layers.start] = router.to(device=like.device, dtype=like.dtype)
     return routers
 
 

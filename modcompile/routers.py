@@ -26,18 +26,36 @@ class DepthScore(nn.Module):
         return score
 
 
+class LinearScore(nn.Module):
+    """Hidden state `[B, T, H]` → score `[B, T, 1]`: LayerNorm without weights → Linear."""
+
+    def __init__(self, hidden_size: int, *, layer_norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False) if layer_norm else nn.Identity()
+        self.down = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        score: torch.Tensor = self.down(self.norm(hidden_state))
+        return score
+
+
 class DepthRouter(nn.Module):
     """Hidden state `[B, T, H]` → `router_logits [B, T, 1]`: `score(hidden) + bias`.
 
     The score starts at zero and the bias at `init_bias`: at the start every gate is `sigmoid(init_bias)`, open. They
-    stand apart so that `harden_gates` can move the bias into the threshold.
+    stand apart so that `harden_gates` can move the bias into the threshold. With a `router_hidden_size` of 0 the score
+    is linear, and `dropout` has nothing to act on.
     """
 
     def __init__(
         self, hidden_size: int, router_hidden_size: int, *, dropout: float, layer_norm: bool, init_bias: float
     ) -> None:
         super().__init__()
-        self.score = DepthScore(hidden_size, router_hidden_size, dropout=dropout, layer_norm=layer_norm)
+        self.score = (
+            DepthScore(hidden_size, router_hidden_size, dropout=dropout, layer_norm=layer_norm)
+            if router_hidden_size
+            else LinearScore(hidden_size, layer_norm=layer_norm)
+        )
         self.bias = nn.Parameter(torch.full((1,), init_bias))
         nn.init.zeros_(self.score.down.weight)
 

@@ -5,7 +5,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from modcompile.artifacts import ROUTER_CONFIG, ROUTERS, is_routed_folder
+from modcompile.artifacts import ROUTER_CONFIG, ROUTERS, is_routed_folder, read_router_config
 from modcompile.calibration_text import load_calibration_text
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
@@ -21,6 +21,7 @@ from modcompile.precision_config import (
     RoundingConfig,
 )
 from modcompile.precision_folder import holds_precisions
+from modcompile.precision_graphs import check_composable
 from modcompile.precision_training import PrecisionTraining, TrainedRouters
 from modcompile.quantized_folder import write_quantized_folder
 from modcompile.quantized_target import check_quantized_target
@@ -84,6 +85,8 @@ def train_precisions(
     output = training.output_or(default)
     folder = given if quantized and not resumes else output
     _check_used(given, folder, flags, rounding, router, quantized=quantized)
+    if flags.route_depth or is_routed_folder(given):
+        check_composable(router if flags.route_depth else read_router_config(given))  # not after minutes of work
     options = asdict(PrecisionRouterConfig(flags.router_scope, flags.precision_mixing, router.router_dropout))
     if not resumes:
         check_quantized_target(output, source, in_place=quantized, overwrite=overwrite)

@@ -5,12 +5,13 @@ In the order in which they are applied:
 1. `drop_guards`: the trace without what pins its shapes, types and devices.
 2. `outline_blocks`: flat graph → prologue, one call per decoder block, epilogue.
 3. `repeat_blocks`: a few traced blocks → all blocks of the model.
-4. `insert_depth_gates`: every chosen block → router, gate, block, mix.
-5. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
-6. `lower_gates`: boolean routing mask → `torch.cond`.
-7. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
+4. `group_blocks`: consecutive blocks that are to share a gate → one block.
+5. `insert_depth_gates`: every chosen block → router, gate, block, mix.
+6. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
+7. `lower_gates`: boolean routing mask → `torch.cond`.
+8. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
 
-For blocks of several precisions, in the place of 4 to 6:
+For blocks of several precisions, in the place of 4 to 7:
 
 - `replace_weights`, `use_precision`, `round_activations`: a block on dequantized weights, on the codes themselves, or
   with inputs rounded as ONNX Runtime rounds them.
@@ -26,6 +27,7 @@ if __name__ != "modcompile.passes":
 from modcompile.passes.choose_precision import choose_precision
 from modcompile.passes.drop_guards import drop_guards
 from modcompile.passes.fuse_operators import fuse_operators
+from modcompile.passes.group_blocks import group_blocks
 from modcompile.passes.harden_gates import harden_gates
 from modcompile.passes.insert_depth_gates import insert_depth_gates
 from modcompile.passes.insert_precision_branches import insert_precision_branches
@@ -37,6 +39,7 @@ __all__ = [
     "choose_precision",
     "drop_guards",
     "fuse_operators",
+    "group_blocks",
     "harden_gates",
     "insert_depth_gates",
     "insert_precision_branches",

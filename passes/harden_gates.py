@@ -4,21 +4,19 @@ Before, in a routed block::
 
     router_logits = router(hidden)
     gate = gate(router_logits)
-    y, key, value = block(hidden, …)
-    hidden = gate * y + (1 - gate) * hidden
+    hidden, key, value = block(hidden, …, gate)                                   # mixed_block
 
-After, with a threshold for each routed layer as the buffer `routing_threshold [R]` of the graph::
+After, with a threshold for each of R gates as the buffer `routing_threshold [R]` of the graph::
 
     open, routing_mask = decide(hidden, least_score, token_mask)
-    y, key, value = block(hidden, …)
-    hidden = where(open, y, hidden)
+    hidden, key, value = block(hidden, …, open)                                   # masked_block
 
     decide:  open = score(hidden) > least_score;  routing_mask = open & token_mask
 
-where a router is `score(hidden) + bias`. What `sigmoid(router_logits) > threshold` has for all layers in common is
+where a router is `score(hidden) + bias`. What `sigmoid(router_logits) > threshold` has for all gates in common is
 worked out once: `least_score [B, T, 1]` is `log(t / (1 - t)) - bias` of the threshold t clamped to [0, 1]. So a
 threshold of 0 is -inf and executes every token even where the sigmoid would round to 0, one of 1 or more is +inf and
-skips every token, and a layer is left with one comparison.
+skips every token, and a gate is left with one comparison.
 
 `token_mask` is false where the attention mask says padding. Padding is never open and so asks for no work, except at a
 threshold of 0: there it is executed like any token, so that the result is the dense model's everywhere.
@@ -32,12 +30,14 @@ import torch
 from torch import fx, nn
 
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
-from modcompile.passes.outlined_form import called_modules, copy_graph, results, routed_calls
+from modcompile.passes.map_blocks import map_blocks
+from modcompile.passes.masked_block import masked_block
+from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, inner_block, routed_calls
 from modcompile.passes.token_mask import token_mask_of
 
 
 class RoutingInputs(nn.Module):
-    """What the decisions of all layers share: the mask of tokens, and the least score of each routed layer.
+    """What all decisions share: the mask of tokens, and the least score of each gate.
 
     All are `[B, T, 1]`. The routers' biases are shared with the routers.
     """
@@ -59,8 +59,8 @@ class RoutingInputs(nn.Module):
 def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the routed graph with boolean routing masks `[B, T, 1]` as its last outputs, in place of the gates.
 
-    A routing mask is true for the tokens (padding excluded) that the layer is executed for. The buffer
-    `routing_threshold` starts at 0.5 for every routed layer. Blocks and routers are shared with `gm`.
+    A routing mask is true for the tokens (padding excluded) that a block, or a group, is executed for. The buffer
+    `routing_threshold` starts at 0.5 for every gate. Blocks and routers are shared with `gm`.
 
     Keeps equal: keys and values of every layer; the hidden state of every token whose gate is exactly 0 or 1.
     """
@@ -99,20 +99,23 @@ def score_and_bias(router: nn.Module, device: torch.device) -> tuple[nn.Module, 
 
 
 def _harden_block(soft: fx.GraphModule, score: nn.Module) -> fx.GraphModule:
-    graph, (_, *cache, _) = copy_graph(soft)
-    (block,) = graph.find_nodes(op="call_module", target="block")
+    graph, (*outputs, _) = copy_graph(soft)
+    (call,) = graph.find_nodes(op="call_module", target="block")
     inputs = graph.find_nodes(op="placeholder")
-    hidden = inputs[0]
     with graph.inserting_after(inputs[-1]):
         least_score = graph.placeholder("least_score")
     with graph.inserting_after(least_score):
         token_mask = graph.placeholder("token_mask")
-    decision = graph.call_module("decide", (hidden, least_score, token_mask))
-    is_open, routing_mask = [graph.call_function(operator.getitem, (decision, index)) for index in range(2)]
-    chosen = graph.call_function(torch.where, (is_open, results(block)[0], hidden))
-    graph.output((chosen, *cache, routing_mask))
+    with graph.inserting_before(call):
+        decision = graph.call_module("decide", (inputs[0], least_score, token_mask))
+        is_open, routing_mask = getitems(decision, 2)
+    call.args = (*call.args[:-1], is_open)
+    graph.output((*outputs, routing_mask))
     eliminate_dead_code(graph)
-    return fx.GraphModule({"decide": _decide(score), "block": soft.get_submodule("block")}, graph)
+    mixed = soft.get_submodule("block")
+    assert isinstance(mixed, fx.GraphModule)
+    masked = map_blocks(mixed, lambda block: masked_block(inner_block(block)))
+    return fx.GraphModule({"decide": _decide(score), "block": masked}, graph)
 
 
 def _decide(score: nn.Module) -> fx.GraphModule:

@@ -12,11 +12,12 @@ where blocks.i is now, with the gate `[B, T, 1]`::
 
     router_logits = router(hidden)
     gate = gate(router_logits)
-    y, key, value = block(hidden, *shared, past_key, past_value)
-    hidden = gate * y + (1 - gate) * hidden
+    hidden, key, value = block(hidden, *shared, past_key, past_value, gate)
 
-and the gates of the routed blocks are the last outputs of the graph, in the order of the layers. Keys and values are
-those of the block, whatever the gate: a later token attends to the same ones whether or not an earlier one skipped.
+and block is `mixed_block`; the gates of the routed blocks are the last outputs of the graph, in the order of the
+layers. Keys and values are those of the block, whatever the gate: a later token attends to the same ones whether or not
+an earlier one skipped. For the same reason the gate of a group (`group_blocks`) mixes each of its blocks: a skipped
+token has the keys of an unchanged hidden state in all of them, whether or not another token of the call is executed.
 """
 
 import operator
@@ -24,11 +25,13 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, results
+from modcompile.passes.map_blocks import map_blocks
+from modcompile.passes.mixed_block import mixed_block
+from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, layers_called, results
 
 
 def insert_depth_gates(gm: fx.GraphModule, routers: Mapping[int, nn.Module], gate: nn.Module) -> fx.GraphModule:
-    """Return the outlined form with gated blocks at the layers that are keys of `routers`.
+    """Return the outlined form with gated blocks at the layers that are keys of `routers`, groups at their first.
 
     `routers[i]` maps the hidden state `[B, T, H]` to `router_logits [B, T, 1]`; `gate` maps these to [0, 1]. Blocks and
     routers are shared, not copied.
@@ -38,11 +41,12 @@ def insert_depth_gates(gm: fx.GraphModule, routers: Mapping[int, nn.Module], gat
     graph, outputs = copy_graph(gm)
     modules = called_modules(gm)
     gates = []
-    for index, call in enumerate(block_calls(graph)):
-        if index not in routers:
+    for call in block_calls(graph):
+        layer = layers_called(call).start
+        if layer not in routers:
             continue
         name, values = str(call.target), results(call)
-        modules[name] = _gated_block(modules[name], routers[index], gate, len(values))
+        modules[name] = _gated_block(modules[name], routers[layer], gate, len(values))
         with graph.inserting_after(values[-1]):
             gates.append(graph.call_function(operator.getitem, (call, len(values))))
     graph.output((*outputs, *gates))
@@ -54,14 +58,8 @@ def _gated_block(block: nn.Module, router: nn.Module, gate: nn.Module, num_outpu
     assert isinstance(block, fx.GraphModule)
     graph = fx.Graph()
     inputs = [graph.placeholder(node.name) for node in block.graph.find_nodes(op="placeholder")]
-    hidden = inputs[0]
-    router_logits = graph.call_module("router", (hidden,))
-    value = graph.call_module("gate", (router_logits,))
-    outputs = graph.call_module("block", tuple(inputs))
-    executed, *cache = [graph.call_function(operator.getitem, (outputs, index)) for index in range(num_outputs)]
-    kept = graph.call_function(operator.mul, (value, executed))
-    closed = graph.call_function(operator.sub, (1, value))
-    skipped = graph.call_function(operator.mul, (closed, hidden))
-    mixed = graph.call_function(operator.add, (kept, skipped))
-    graph.output((mixed, *cache, value))
-    return fx.GraphModule({"router": router, "gate": gate, "block": block}, graph)
+    value = graph.call_module("gate", (graph.call_module("router", (inputs[0],)),))
+    outputs = getitems(graph.call_module("block", (*inputs, value)), num_outputs)
+    graph.output((*outputs, value))
+    mixed = map_blocks(block, mixed_block, "gate")
+    return fx.GraphModule({"router": router, "gate": gate, "block": mixed}, graph)

@@ -3,8 +3,7 @@
 Before, in a routed block::
 
     open, routing_mask = decide(hidden, least_score, token_mask)
-    y, key, value = block(hidden, …)
-    hidden = where(open, y, hidden)
+    hidden, key, value = block(hidden, …, open)
 
 After::
 
@@ -12,8 +11,8 @@ After::
     hidden, key, value = cond(needed, then_branch, else_branch, [hidden, …, open])
 
     decide:       as before, and needed = any(open)
-    then_branch:  y, key, value = block(hidden, …);  hidden = where(open, y, hidden)      # masked_block
-    else_branch:  hidden, key, value = skip(hidden, …)                                    # skip_block
+    then_branch:  what block was: masked_block, or a group of these
+    else_branch:  hidden, key, value = skip(hidden, …)                            # skip_block, or a group of these
 
 The result is the form for inference: no gradient reaches
 parameters inside the branches of a `torch.cond`.
@@ -24,8 +23,8 @@ from torch import fx, nn
 
 from modcompile.passes.add_unused_inputs import add_unused_inputs
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
-from modcompile.passes.masked_block import masked_block
-from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, routed_calls
+from modcompile.passes.map_blocks import map_blocks
+from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, inner_block, routed_calls
 from modcompile.passes.skip_block import skip_block
 
 
@@ -50,7 +49,7 @@ def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
-    graph, (_, *cache, _) = copy_graph(hard)
+    graph, (*outputs, _) = copy_graph(hard)
     (call,) = graph.find_nodes(op="call_module", target="block")
     block, decide = hard.get_submodule("block"), hard.get_submodule("decide")
     assert isinstance(block, fx.GraphModule)
@@ -60,16 +59,20 @@ def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
     decision = graph.call_module("decide", decided.args)
     is_open, mask, needed = getitems(decision, 3)
     then_branch, else_branch = graph.get_attr("then_branch"), graph.get_attr("else_branch")
-    operands = (*call.args, is_open)
+    operands = (*call.args[:-1], is_open)
     values = graph.call_function(torch.ops.higher_order.cond, (needed, then_branch, else_branch, operands))
-    graph.output((*getitems(values, 1 + len(cache)), mask))
+    graph.output((*getitems(values, len(outputs)), mask))
     eliminate_dead_code(graph)
     children = {
         "decide": _decide_once_for_all_tokens(decide),
-        "then_branch": masked_block(block),
-        "else_branch": add_unused_inputs(skip_block(block), ["is_open"]),
+        "then_branch": block,
+        "else_branch": map_blocks(block, _skipped),
     }
     return fx.GraphModule(children, graph)
+
+
+def _skipped(masked: fx.GraphModule) -> fx.GraphModule:
+    return add_unused_inputs(skip_block(inner_block(masked)), ["is_open"])
 
 
 def _decide_once_for_all_tokens(decide: fx.GraphModule) -> fx.GraphModule:

@@ -2,18 +2,24 @@
 
 A graph in *outlined form* has the placeholders `input_ids`, `attention_mask`, `position_ids` and, traced with a cache,
 a past key and value for each layer. It calls `prologue`, then `blocks.0`, `blocks.1`, …, then `epilogue`, and returns
-the logits, the present keys and values, and for each routed layer its gate or routing mask.
+the logits, the present keys and values, and for each gate its values or its routing mask.
 
 A block is called with the hidden state `[B, T, H]` first, then what all blocks share (rotary embedding, attention
 mask), then its own past key and value `[B, heads, P, D]`; it returns the new hidden state first, and the present key
 and value `[B, heads, P + T, D]` after it. A routed block returns its gate `[B, T, 1]` or routing mask `[B, T, 1]` last;
 it has the child `router` while it is soft and the child `decide`, which holds the router, once it is hard.
+
+Consecutive blocks that share a gate are called as one, `blocks.2-4`, with the past keys and values of all, and return
+the present ones of all. What is said of a block holds for such a *group* too. A group does nothing by itself: it calls
+its members, `0`, `1`, …
 """
 
 import operator
 from typing import Any
 
 from torch import fx, nn
+
+from modcompile.layer_ranges import layers_of
 
 NUM_TOKEN_INPUTS = 3
 """input_ids, attention_mask, position_ids: what a graph takes before the cache."""
@@ -32,9 +38,29 @@ def routed_calls(gm: fx.GraphModule, graph: fx.Graph | None = None) -> list[fx.N
     return [call for call in calls if _ROUTED & dict(gm.get_submodule(str(call.target)).named_children()).keys()]
 
 
-def routed_layers(gm: fx.GraphModule) -> list[int]:
-    """The indices of the layers that have a router, in order."""
-    return [int(str(call.target).rpartition(".")[2]) for call in routed_calls(gm)]
+def layers_called(call: fx.Node) -> range:
+    """The layers whose blocks a call of `block_calls` executes: one, or those of a group."""
+    return layers_of(str(call.target).removeprefix("blocks."))
+
+
+def gated_layers(gm: fx.GraphModule) -> list[range]:
+    """For each gate, in order, the layers whose blocks it executes or skips together."""
+    return [layers_called(call) for call in routed_calls(gm)]
+
+
+def is_group(module: nn.Module) -> bool:
+    """Whether all that a module does is to call others."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    doing = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+    return all(node.op == "call_module" or node.target is operator.getitem for node in doing)
+
+
+def inner_block(module: fx.GraphModule) -> fx.GraphModule:
+    """The block in a `mixed_block` or `masked_block`."""
+    block = module.get_submodule("block")
+    assert isinstance(block, fx.GraphModule)
+    return block
 
 
 def results(call: fx.Node) -> list[fx.Node]:

@@ -3,7 +3,7 @@
 Every layer runs whole, and so appends its keys and values; what becomes of the hidden state is decided afterwards.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,23 +35,31 @@ def choose(is_open: torch.Tensor) -> Mix:
 
 
 def decide(
-    routers: Mapping[int, nn.Module], thresholds: Mapping[int, float], inputs: ModelInputs
+    routers: Mapping[int, nn.Module],
+    thresholds: Mapping[int, float],
+    inputs: ModelInputs,
+    followers: Iterable[int] = (),
 ) -> tuple[dict[int, Mix], list[torch.Tensor]]:
     """The layer for the tokens whose gate is above the layer's threshold, and the list that gates will be added to.
 
-    Padding is skipped.
+    Padding is skipped. `followers` are layers without a router of their own, that do as the layer before them did.
     """
     is_token = inputs.is_token.unsqueeze(-1)
     gates: list[torch.Tensor] = []
+    is_open: list[torch.Tensor] = []
 
-    def mix(layer: int) -> Mix:
+    def decided(layer: int) -> Mix:
         def chosen(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
             gates.append(torch.sigmoid(routers[layer](before)))
-            return torch.where(is_token & (gates[-1] > thresholds[layer]), after, before)
+            is_open.append(is_token & (gates[-1] > thresholds[layer]))
+            return torch.where(is_open[-1], after, before)
 
         return chosen
 
-    return {layer: mix(layer) for layer in routers}, gates
+    def followed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return torch.where(is_open[-1], after, before)
+
+    return {layer: decided(layer) for layer in routers} | dict.fromkeys(followers, followed), gates
 
 
 @contextmanager

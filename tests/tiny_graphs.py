@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from modcompile.passes import drop_guards, harden_gates, insert_depth_gates, outline_blocks
+from modcompile.passes import drop_guards, group_blocks, harden_gates, insert_depth_gates, outline_blocks
 from modcompile.routers import DepthRouter, SoftGate
 from modcompile.tracing import trace_causal_lm
 from tests.tiny_models import HIDDEN_SIZE, tiny_model
@@ -34,8 +34,9 @@ def outlined_graph(architecture: str, *, use_cache: bool = True) -> fx.GraphModu
     return outline_blocks(flat_graph(architecture, use_cache=use_cache))
 
 
-def hard_graph(architecture: str, routers: Mapping[int, nn.Module]) -> fx.GraphModule:
-    return harden_gates(insert_depth_gates(outlined_graph(architecture), routers, SoftGate()))
+def hard_graph(architecture: str, routers: Mapping[int, nn.Module], groups: Iterable[range] = ()) -> fx.GraphModule:
+    grouped = group_blocks(outlined_graph(architecture), groups)
+    return harden_gates(insert_depth_gates(grouped, routers, SoftGate()))
 
 
 def random_routers(layers: Iterable[int], seed: int = 0) -> dict[int, DepthRouter]:

@@ -1,4 +1,7 @@
-"""A routed LLaMA that goes with the tokenizer of `tiny_tokenizer`: layers 0 and 2 of 3 have routers, which decide."""
+"""Routed LLaMAs of 3 layers that go with the tokenizer of `tiny_tokenizer`; their routers decide.
+
+Layers 0 and 2 have routers, or layers 0 and 1 have one together, and layer 2 has one.
+"""
 
 from functools import cache
 
@@ -12,6 +15,7 @@ from modcompile.routers import DepthRouter
 from tests.tiny_models import HIDDEN_SIZE, INITIALIZER_RANGE
 
 ROUTED_LAYERS = (0, 2)
+GATED_LAYERS = (range(2), range(2, 3))
 MAX_POSITIONS = 128
 
 
@@ -41,12 +45,25 @@ def tiny_routed(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM:
     It is made once a process and shared by all tests, which may change its router mode only.
     """
     config = RouterConfig(router_hidden_size=8, router_pattern="every_other", gate=gate)
+    model = _deciding(config, use_cache=use_cache)
+    assert model.routed_layers == ROUTED_LAYERS
+    return model
+
+
+@cache
+def tiny_grouped(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM:
+    """The same with linear routers, of which the first decides on two layers."""
+    model = _deciding(RouterConfig(router_hidden_size=0, blocks_per_gate=2, gate=gate), use_cache=use_cache)
+    assert model.gated_layers == GATED_LAYERS
+    return model
+
+
+def _deciding(config: RouterConfig, *, use_cache: bool) -> RoutedForCausalLM:
     set_seed(0)
     model = build_routed(tiny_base(), config, use_cache=use_cache)
-    assert model.routed_layers == ROUTED_LAYERS
     set_seed(1)
     for router in model.routers.values():
         assert isinstance(router, DepthRouter)
-        nn.init.normal_(router.score.down.weight, std=2.0)
+        nn.init.normal_(router.score.down.weight, std=2.0 if config.router_hidden_size else 0.3)
         nn.init.zeros_(router.bias)
     return model

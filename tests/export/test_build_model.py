@@ -8,20 +8,23 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 from transformers import PreTrainedModel
 
 from modcompile.export.build_model import build_model
 from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
+from modcompile.layer_ranges import name_of
 from modcompile.passes import lower_gates
+from modcompile.routers import DepthRouter
 from tests.export.onnx_text import operators
 from tests.model_inputs import ModelInputs, make_inputs
 from tests.passes.routing_cases import RoutingCase, routing_cases
 from tests.tiny_graphs import hard_graph, outlined_graph, random_routers, shared_model
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
 NUM_LAYERS = 3
+SINGLE = tuple(range(layer, layer + 1) for layer in range(NUM_LAYERS))
 STORED = (0.3, 0.45, 0.6)
 INPUTS = ["input_ids", "attention_mask", "position_ids"] + [
     f"past_key_values.{layer}.{part}" for layer in range(NUM_LAYERS) for part in ("key", "value")
@@ -33,7 +36,7 @@ class Built:
     """A lowered graph and what `build_model` makes of it; the model is not to be changed."""
 
     gm: fx.GraphModule
-    layers: tuple[int, ...]
+    gates: tuple[range, ...]
     model: ir.Model
     session: ort.InferenceSession
 
@@ -51,10 +54,10 @@ class Built:
         gates: list[torch.Tensor] = []
         biases = self.gm.get_submodule("routing_inputs").parameters()
         hooks = [
-            self.gm.get_submodule(f"blocks.{layer}.decide.score").register_forward_hook(
+            self.gm.get_submodule(f"blocks.{name_of(layers)}.decide.score").register_forward_hook(
                 lambda *args, bias=bias: gates.append((args[-1] + bias).sigmoid())
             )
-            for layer, bias in zip(self.layers, biases, strict=True)
+            for layers, bias in zip(self.gates, biases, strict=True)
         ]
         logits, *rest = self.gm(*inputs.flat)
         for hook in hooks:
@@ -69,21 +72,21 @@ class Built:
         return [node for node in self.model.graph if node.op_type == "If"]
 
 
-def build(gm: fx.GraphModule, layers: tuple[int, ...]) -> Built:
+def build(gm: fx.GraphModule, gates: tuple[range, ...]) -> Built:
     model = build_model(gm, emit_routing=True)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     data = ir.to_proto(model).SerializeToString()
-    return Built(gm, layers, model, ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]))
+    return Built(gm, gates, model, ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]))
 
 
 @pytest.fixture(scope="module")
 def built(architecture: str) -> Built:
     # Where every layer is routed, no block is exported on its own: that saves time.
-    layers = (0, 2) if architecture == "llama" else (0, 1, 2)
-    gm = lower_gates(hard_graph(architecture, random_routers(layers)))
-    gm.get_buffer("routing_threshold").copy_(torch.tensor(STORED[: len(layers)]))
-    return build(gm, layers)
+    gates = {"llama": (range(1), range(2, 3)), "mistral": (range(2), range(2, 3))}.get(architecture, SINGLE)
+    gm = lower_gates(hard_graph(architecture, random_routers(layers.start for layers in gates), gates))
+    gm.get_buffer("routing_threshold").copy_(torch.tensor(STORED[: len(gates)]))
+    return build(gm, gates)
 
 
 THRESHOLDS = st.one_of(
@@ -96,7 +99,7 @@ THRESHOLDS = st.one_of(
 def test_computes_what_pytorch_computes(
     built: Built, model: PreTrainedModel, case: RoutingCase, thresholds: list[float]
 ) -> None:
-    inputs, threshold = case.inputs(model), np.array(thresholds[: len(built.layers)], np.float32)
+    inputs, threshold = case.inputs(model), np.array(thresholds[: len(built.gates)], np.float32)
     expected, close = built.run_torch(inputs, threshold)
     assume(not close)
     actual = built.run(inputs, threshold)
@@ -115,13 +118,13 @@ def test_routers_decide_in_these_tests(built: Built, model: PreTrainedModel) -> 
 
 
 def test_thresholds_that_are_not_fed_are_those_stored(built: Built, model: PreTrainedModel) -> None:
-    inputs, stored = make_inputs(model, 3, 7, 5), np.array(STORED[: len(built.layers)], np.float32)
+    inputs, stored = make_inputs(model, 3, 7, 5), np.array(STORED[: len(built.gates)], np.float32)
     torch.testing.assert_close(built.run(inputs), built.run(inputs, stored), rtol=0, atol=0)
     assert not torch.equal(built.run(inputs)[0], built.run(inputs, np.zeros_like(stored))[0])
 
 
 def test_an_override_lasts_for_one_call(built: Built, model: PreTrainedModel) -> None:
-    inputs, override = make_inputs(model, 2, 4, 0), np.full(len(built.layers), 2.0, np.float32)
+    inputs, override = make_inputs(model, 2, 4, 0), np.full(len(built.gates), 2.0, np.float32)
     before = built.run(inputs)
     built.run(inputs, override)
     torch.testing.assert_close(built.run(inputs), before, rtol=0, atol=0)
@@ -141,10 +144,10 @@ def test_inputs_and_outputs_have_the_names_that_runtimes_know(built: Built, mode
     assert [value.name for value in built.session.get_inputs()] == INPUTS
 
     (optional,) = built.session.get_overridable_initializers()
-    assert (optional.name, optional.type, optional.shape) == ("routing_threshold", "tensor(float)", [len(built.layers)])
+    assert (optional.name, optional.type, optional.shape) == ("routing_threshold", "tensor(float)", [len(built.gates)])
 
     presents = [name.replace("past_key_values", "present") for name in INPUTS[3:]]
-    routing = [f"routing.{layer}" for layer in built.layers]
+    routing = [f"routing.{name_of(layers)}" for layers in built.gates]
     expected = {"logits": ("tensor(float)", [*tokens, VOCAB_SIZE])}
     expected |= {name: ("tensor(float)", ["batch", *total]) for name in presents}
     expected |= {name: ("tensor(bool)", [*tokens]) for name in routing}
@@ -152,9 +155,9 @@ def test_inputs_and_outputs_have_the_names_that_runtimes_know(built: Built, mode
     assert [value.name for value in built.session.get_outputs()] == ["logits", *presents, *routing]
 
 
-def test_every_routed_layer_is_one_if_of_the_main_graph(built: Built) -> None:
-    assert [node.name for node in built.conditionals] == [f"blocks.{layer}.if" for layer in built.layers]
-    assert operators(built.model.graph).count("If") == len(built.layers)
+def test_every_gate_is_one_if_of_the_main_graph(built: Built) -> None:
+    assert [node.name for node in built.conditionals] == [f"blocks.{name_of(layers)}.if" for layers in built.gates]
+    assert operators(built.model.graph).count("If") == len(built.gates)
 
 
 def test_is_plain_onnx(built: Built) -> None:
@@ -195,6 +198,20 @@ def test_every_weight_is_stored_once(built: Built) -> None:
     assert all(sum(is_same(matrix, parameter) for matrix in matrices) == 1 for parameter in parameters)
     size = sum(tensor.size for tensor in stored if tensor is not None)
     assert size <= sum(parameter.numel() for parameter in built.gm.parameters()) + 200
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_a_linear_router_leaves_four_operators_a_gate(layer_norm: bool) -> None:
+    """Once nobody asks for routing masks: the norm, the product, its comparison, whether any token needs the layers."""
+    routers: dict[int, nn.Module] = {}
+    for layer in (0, 2):
+        routers[layer] = DepthRouter(HIDDEN_SIZE, 0, dropout=0.0, layer_norm=layer_norm, init_bias=0.0)
+    gm = lower_gates(hard_graph("llama", routers, [range(2), range(2, 3)]))
+    nodes = [node.op_type for node in build_model(gm).graph]
+    first, second = (index for index, name in enumerate(nodes) if name == "If")
+    decided = ["LayerNormalization"] * layer_norm + ["MatMul", "Greater", "ReduceMax"]
+    assert nodes[first + 1 : second] == decided
+    assert nodes.count("ReduceMax") == 2
 
 
 @torch.no_grad()

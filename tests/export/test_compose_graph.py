@@ -9,8 +9,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import fx, nn
 
+from modcompile.config import RouterConfig
 from modcompile.export.compose_graph import Composer, Operand, opset_imports
-from modcompile.passes import harden_gates, insert_depth_gates, lower_gates, outline_blocks
+from modcompile.passes import group_blocks, harden_gates, insert_depth_gates, lower_gates, outline_blocks
 from modcompile.routers import DepthRouter, SoftGate
 from tests.export.onnx_text import run
 from tests.passes.toy_stacks import SIZE, Stack, trace
@@ -53,14 +54,15 @@ class Composed:
     outputs: list[Operand]
 
 
-def compose(*blocks: nn.Module) -> Composed:
+def compose(*blocks: nn.Module, blocks_per_gate: int = 1) -> Composed:
     """A stack with routers on all blocks but the last, lowered and composed."""
     torch.manual_seed(0)
     routers = {}
-    for layer in range(len(blocks) - 1):
+    gates = RouterConfig(lock_last_layers=1, blocks_per_gate=blocks_per_gate).gated_layers(len(blocks))
+    for layer in (layers.start for layers in gates):
         routers[layer] = DepthRouter(SIZE, 4, dropout=0.0, layer_norm=True, init_bias=0.0).eval()
         nn.init.normal_(routers[layer].score.down.weight, std=2.0)
-    outlined = outline_blocks(trace(SharingStack(*blocks)))
+    outlined = group_blocks(outline_blocks(trace(SharingStack(*blocks))), gates)
     gm = lower_gates(harden_gates(insert_depth_gates(outlined, routers, SoftGate())))
     inputs = []
     for name in TOKEN_INPUTS:
@@ -94,6 +96,17 @@ def test_layers_of_one_code_call_the_same_functions_however_many_there_are(six_b
             expected[f"blocks.{layer}.{part}"] = f"blocks_0_{part}"
     assert calls(six_blocks.nodes) == expected
     assert six_blocks.composer.functions.keys() == set(expected.values())
+
+
+def test_a_group_calls_the_functions_of_its_first_block_for_each() -> None:
+    grouped = compose(*(Block() for _ in range(6)), blocks_per_gate=3)
+    expected = {name: name for name in ("prologue", "routing_inputs", "epilogue")} | {"blocks.5": "blocks_5"}
+    for name, members in (("0-2", 3), ("3-4", 2)):
+        expected[f"blocks.{name}.decide"] = "blocks_0-2_decide"
+        for part in ("then_branch", "else_branch"):
+            expected |= {f"blocks.{name}.{part}.{index}": f"blocks_0-2_{part}_0" for index in range(members)}
+    assert calls(grouped.nodes) == expected
+    assert grouped.composer.functions.keys() == set(expected.values())
 
 
 def test_every_routed_block_is_an_if_with_a_call_in_each_branch(six_blocks: Composed) -> None:

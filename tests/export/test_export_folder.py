@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from modcompile.artifacts import read_report, write_routed_folder
 from modcompile.config import RouterConfig
 from modcompile.errors import ArtifactError, OutputError, UnsupportedModelError, VerificationError
-from modcompile.export import verification
+from modcompile.export import verification, verification_inputs
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import ExportResult, export_folder, is_onnx_folder
-from modcompile.export.session import MODEL_FILE
+from modcompile.export.generation import generate
+from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
-from tests.tiny_routed import tiny_base
+from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_grouped
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 FILES = {"config.json", "generation_config.json", MODEL_FILE, f"{MODEL_FILE}.data", "verification.json", *TOKENIZER}
@@ -95,6 +97,40 @@ def test_sums_up_in_three_lines(exported: ExportResult) -> None:
     assert second.startswith(f"verified on {TOKENS:,} tokens: logits differ by at most ")
     assert second.endswith(f", 100.00% of {3 * TOKENS:,} routes are equal, every branch of every If was seen")
     assert third.endswith("active ratio 1.000")
+
+
+@pytest.fixture(scope="module")
+def grouped(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """An export with --emit_routing of a model whose layers 0 and 1 share a gate."""
+    folder = tmp_path_factory.mktemp("grouped") / "routed"
+    write_routed_folder(tiny_grouped("straight_through"), tokenizer, folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verification_inputs, "NUM_DECODE_STEPS", 2)  # that saves time
+        return export_folder(folder, folder / "onnx", ExportConfig(emit_routing=True))
+
+
+def test_proves_gates_that_layers_share_and_counts_each_layer(grouped: ExportResult) -> None:
+    proved = grouped.verification
+    assert proved.passed
+    assert proved.equal_routes == 1.0
+    assert proved.compared_routes == 3 * proved.compared_tokens
+    assert 0 < proved.active_ratio < 1
+
+
+def test_generates_with_shared_gates_what_pytorch_does(grouped: ExportResult) -> None:
+    model = tiny_grouped("straight_through")
+    session = RoutedSession(grouped.output / MODEL_FILE, providers=["CPUExecutionProvider"])
+    assert session.gated_layers == GATED_LAYERS
+    prompt = torch.tensor([[5, 6, 7, 200, 3, 41, 17]])
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    for thresholds in ([0.5, 0.5], [0.0, 2.0], [2.0, 0.5]):
+        session.thresholds = thresholds
+        model.set_router_mode(thresholds)
+        generation = generate(session, prompt, options)
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options)
+        assert torch.equal(generation.sequence, expected)
+        assert generation.usage is not None
+        assert generation.usage.active_ratio_per_layer == model.active_ratio_per_layer
 
 
 def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

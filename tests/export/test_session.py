@@ -88,13 +88,13 @@ def test_rejects_thresholds(session: RoutedSession, model_file: Path, thresholds
 
 
 def test_tells_its_routed_layers(session: RoutedSession) -> None:
-    assert session.routed_layers == ROUTED_LAYERS
+    assert session.gated_layers == tuple(range(layer, layer + 1) for layer in ROUTED_LAYERS)
     assert session.num_thresholds == len(ROUTED_LAYERS)
 
 
 def test_artifact_without_routes(session: RoutedSession, silent_onnx_folder: Path) -> None:
     silent = RoutedSession(silent_onnx_folder / MODEL_FILE, thresholds=[0.0, 2.0])
-    assert silent.routed_layers == ()
+    assert silent.gated_layers == ()
     assert silent.num_thresholds == len(ROUTED_LAYERS)
     tokens = random_tokens(1, 5).numpy()
     inputs = tokens, np.ones_like(tokens), np.arange(5)[None]
@@ -123,7 +123,7 @@ def told_bits(session: RoutedSession, tokens: torch.Tensor, mask: torch.Tensor) 
 
 
 def test_tells_which_layers_choose_precisions(choosing: RoutedSession, session: RoutedSession) -> None:
-    assert (choosing.precision_layers, choosing.routed_layers) == ((0, 1, 2), ())
+    assert (choosing.precision_layers, choosing.gated_layers) == ((0, 1, 2), ())
     assert (choosing.bias_shape, choosing.num_thresholds) == ((NUM_LAYERS, len(BITS)), 0)
     assert (session.precision_layers, session.bias_shape) == ((), (0, 0))
 

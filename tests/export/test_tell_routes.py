@@ -52,7 +52,7 @@ def routed_layer(*, emit_routing: bool = False) -> ir.Model:
 )
 def test_tells_what_was_done(mask: np.ndarray, needed: bool, told: np.ndarray, emit_routing: bool) -> None:
     model = routed_layer(emit_routing=emit_routing)
-    assert TellRoutes([4])(model).modified
+    assert TellRoutes([range(4, 5)])(model).modified
     for output in model.graph.outputs:
         output.shape = ir.Shape([None] * (3 if output.name == "y" else 2))
     x = np.ones(MASK.shape, np.float32)
@@ -65,7 +65,7 @@ def test_tells_what_was_done(mask: np.ndarray, needed: bool, told: np.ndarray, e
 def test_adds_no_operators_outside_the_branches_but_a_squeeze() -> None:
     model = routed_layer()
     before = len(model.graph)
-    TellRoutes([4])(model)
+    TellRoutes([range(4, 5)])(model)
     assert [node.op_type for node in model.graph][before:] == ["Constant", "Squeeze"]
     assert operators(model.graph).count("If") == 1
 
@@ -79,4 +79,4 @@ def test_refuses_a_layer_without_an_if_of_its_own(name: str) -> None:
         if node.outputs[0].name == name:
             node.outputs[0].name = "other"
     with pytest.raises(VerificationError, match=r"^layer 4 has no If of its own$"):
-        TellRoutes([4])(model)
+        TellRoutes([range(4, 5)])(model)

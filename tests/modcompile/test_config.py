@@ -11,7 +11,8 @@ from modcompile.errors import ConfigError
 @pytest.mark.parametrize(
     ("config", "field", "value"),
     [
-        (RouterConfig, "router_hidden_size", 0),
+        (RouterConfig, "router_hidden_size", -1),
+        (RouterConfig, "blocks_per_gate", 0),
         (RouterConfig, "router_dropout", -0.1),
         (RouterConfig, "router_dropout", 1.0),
         (RouterConfig, "router_dropout", math.nan),
@@ -41,7 +42,8 @@ def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
 @pytest.mark.parametrize(
     ("config", "field", "value"),
     [
-        (RouterConfig, "router_hidden_size", 1),
+        (RouterConfig, "router_hidden_size", 0),
+        (RouterConfig, "blocks_per_gate", 1),
         (RouterConfig, "router_dropout", 0.999),
         (RouterConfig, "router_init_bias", 1e-3),
         (BudgetConfig, "router_lambda", 0.0),
@@ -81,6 +83,29 @@ def test_initial_bias_depends_on_the_gate_unless_it_is_given(gate: Any, bias: fl
 )
 def test_routed_layers(options: dict[str, Any], layers: list[int]) -> None:
     assert RouterConfig(**options).routed_layers(6) == layers
+
+
+@pytest.mark.parametrize(
+    ("options", "gates"),
+    [
+        ({}, [[0], [1], [2], [3], [4], [5]]),
+        ({"router_pattern": "every_other"}, [[0], [2], [4]]),
+        ({"blocks_per_gate": 2}, [[0, 1], [2, 3], [4, 5]]),
+        ({"blocks_per_gate": 4}, [[0, 1, 2, 3], [4, 5]]),
+        ({"blocks_per_gate": 9}, [[0, 1, 2, 3, 4, 5]]),
+        ({"blocks_per_gate": 3, "lock_first_layers": 1, "lock_last_layers": 1}, [[1, 2, 3], [4]]),
+        ({"blocks_per_gate": 2, "router_start": 2, "router_stop": 5}, [[2, 3], [4]]),
+    ],
+)
+def test_gates_take_consecutive_layers_and_the_last_what_is_left(
+    options: dict[str, Any], gates: list[list[int]]
+) -> None:
+    assert [list(layers) for layers in RouterConfig(**options).gated_layers(6)] == gates
+
+
+def test_refuses_one_gate_for_layers_that_are_not_consecutive() -> None:
+    with pytest.raises(ConfigError, match=r"^--blocks_per_gate 2 is for consecutive layers, .* leave one of them out$"):
+        RouterConfig(blocks_per_gate=2, router_pattern="every_other")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from modcompile.tracing import from_cache, to_cache
 from tests.model_inputs import Padding, kernel_atol, make_inputs, run_model
 from tests.routed_reference import decide, run_reference, skip
 from tests.tiny_models import tiny_model
-from tests.tiny_routed import ROUTED_LAYERS, tiny_base, tiny_routed
+from tests.tiny_routed import GATED_LAYERS, ROUTED_LAYERS, tiny_base, tiny_grouped, tiny_routed
 
 _CONFIG = RouterConfig(router_hidden_size=8)
 
@@ -44,6 +45,15 @@ def untrained(dense: PreTrainedModel) -> RoutedForCausalLM:
 def routed() -> RoutedForCausalLM:
     """Its routers execute some tokens and skip others."""
     model = tiny_routed("straight_through")
+    model.set_router_mode(0.5)
+    model.reset_usage()
+    return model
+
+
+@pytest.fixture
+def grouped() -> RoutedForCausalLM:
+    """The same with linear routers, of which the first decides on layers 0 and 1."""
+    model = tiny_grouped("straight_through")
     model.set_router_mode(0.5)
     model.reset_usage()
     return model
@@ -113,8 +123,9 @@ def test_loss_is_that_of_the_dense_model(
         assert torch.equal(untrained(input_ids, **options).loss, dense(input_ids, **options).loss)
 
 
-def test_changes_its_dtype_as_the_dense_model_does() -> None:
-    routed: Any = build_routed(tiny_base(), _CONFIG)
+@pytest.mark.parametrize("options", [{}, {"blocks_per_gate": 2}])
+def test_changes_its_dtype_as_the_dense_model_does(options: dict[str, Any]) -> None:
+    routed: Any = build_routed(tiny_base(), replace(_CONFIG, **options))
     routed.set_router_mode(0.5)
     routed.to(torch.bfloat16)
     dense: Any = tiny_base()
@@ -145,6 +156,39 @@ def test_hard_generation_with_a_cache_is_that_without(routed: RoutedForCausalLM,
     assert cached == uncached
     without = _hard(tiny_routed("straight_through", use_cache=False))
     assert cached == _generate(without, inputs.input_ids, inputs.attention_mask, **_SEARCHES[search])
+
+
+@pytest.mark.parametrize("search", _SEARCHES)
+def test_with_shared_gates_generation_with_a_cache_is_that_without(grouped: RoutedForCausalLM, search: str) -> None:
+    inputs = make_inputs(grouped.base, 3, 7, 0, "left")
+    cached = _generate(grouped, inputs.input_ids, inputs.attention_mask, **_SEARCHES[search])
+    assert all(0 < ratio < 1 for ratio in grouped.active_ratio_per_layer.values())
+    without = _hard(tiny_grouped("straight_through", use_cache=False))
+    assert cached == _generate(without, inputs.input_ids, inputs.attention_mask, **_SEARCHES[search])
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_a_shared_gate_decides_for_all_of_its_layers(grouped: RoutedForCausalLM, padding: Padding) -> None:
+    inputs = make_inputs(grouped.base, 3, 7, 5, padding)
+    thresholds = {0: 0.4, 2: 0.6}
+    grouped.set_router_mode(list(thresholds.values()))
+    mixes, gates = decide(grouped.routers, thresholds, inputs, followers=(1,))
+    expected, *presents = run_reference(grouped.base, inputs, mixes)
+    cache = to_cache(inputs.past)
+    with torch.no_grad():
+        output = grouped(*inputs.tokens, past_key_values=cache)
+    actual = [output.logits, *(tensor for pair in from_cache(cache) for tensor in pair)]
+    torch.testing.assert_close(actual, [expected, *presents], rtol=0, atol=0)
+    for mask, gate, threshold in zip(output.gates, (gates[0], *gates), (0.4, 0.4, 0.6), strict=True):
+        assert torch.equal(mask.squeeze(-1), (gate.squeeze(-1) > threshold) & inputs.is_token)
+
+
+def test_usage_counts_each_layer_of_a_shared_gate(grouped: RoutedForCausalLM) -> None:
+    assert (grouped.gated_layers, grouped.routed_layers) == (GATED_LAYERS, (0, 1, 2))
+    set_router_mode(grouped, [0.0, 2.0])
+    grouped(torch.tensor([[5, 6, 7]]))
+    assert grouped.active_ratio_per_layer == {0: 1.0, 1: 1.0, 2: 0.0}
+    assert grouped.active_ratio == pytest.approx(2 / 3)
 
 
 def test_a_row_is_generated_as_it_is_alone(routed: RoutedForCausalLM) -> None:
@@ -237,8 +281,9 @@ def test_usage_adds_up_what_calls_return(routed: RoutedForCausalLM, threshold: f
 
 
 @pytest.mark.parametrize("gate", ["soft", "straight_through"])
-def test_gradients_reach_the_routers_only(gate: Any) -> None:
-    model = tiny_routed(gate, use_cache=False)
+@pytest.mark.parametrize("make", [tiny_routed, tiny_grouped])
+def test_gradients_reach_the_routers_only(gate: Any, make: Callable[..., RoutedForCausalLM]) -> None:
+    model = make(gate, use_cache=False)
     model.set_router_mode(None)
     input_ids = make_inputs(model.base, 2, 9, 0).input_ids
     model(input_ids, labels=input_ids).loss.backward()
@@ -271,7 +316,9 @@ def test_keeps_keys_and_values_unless_it_trains(routed: RoutedForCausalLM) -> No
     assert _hard(tiny_routed("straight_through", use_cache=False))(input_ids).past_key_values is None
 
 
-def test_saves_base_and_routers(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [tiny_routed, tiny_grouped])
+def test_saves_base_and_routers(make: Callable[..., RoutedForCausalLM], tmp_path: Path) -> None:
+    routed = _hard(make("straight_through"))
     input_ids = make_inputs(routed.base, 2, 9, 0).input_ids
     routed.save_pretrained(tmp_path / "saved")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

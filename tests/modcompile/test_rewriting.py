@@ -16,7 +16,7 @@ from modcompile.rewriting import (
 )
 from modcompile.share_of_parameters import share_of_parameters
 from tests.tiny_models import tiny_model
-from tests.tiny_routed import tiny_base, tiny_routed
+from tests.tiny_routed import tiny_base, tiny_grouped, tiny_routed
 
 _CONFIG = RouterConfig(router_hidden_size=8, router_pattern="every_other")
 
@@ -67,6 +67,8 @@ def test_counts_the_trainable_share() -> None:
     trainable = 2 * (32 + 32 + 32 * 8 + 8 + 1)
     base = sum(parameter.numel() for parameter in tiny_base().parameters())
     assert numbers == {"trainable": trainable, "base": base, "trainable_share": trainable / (trainable + base)}
+    grouped = describe(tiny_grouped("straight_through"))
+    assert grouped.startswith(f"LlamaForCausalLM, 3 routed layers with 2 gates; trainable: {2 * (32 + 1)} of")
     assert describe(tiny_routed("straight_through")) == (
         f"LlamaForCausalLM, 2 routed layers; trainable: {trainable:,} of {trainable + base:,} parameters "
         f"({trainable / (trainable + base):.3%})"

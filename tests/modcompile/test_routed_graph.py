@@ -5,9 +5,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from modcompile.config import GateKind, RouterConfig
 from modcompile.errors import ConfigError, UnsupportedModelError
-from modcompile.passes.outlined_form import block_calls, routed_layers
+from modcompile.passes.outlined_form import block_calls, gated_layers
 from modcompile.routed_graph import build_routed, insert_routers, trace_outlined
-from modcompile.routers import DepthRouter, SoftGate, StraightThroughGate
+from modcompile.routers import DepthRouter, DepthScore, SoftGate, StraightThroughGate
 from modcompile.tracing import find_layers
 from tests.model_inputs import make_inputs, run_model
 from tests.tiny_models import tiny_model
@@ -61,9 +61,10 @@ def test_inserts_the_configured_routers(gate: GateKind, kind: type[nn.Module]) -
     )
     model = build_routed(tiny_model("llama"), config)
     assert model.routed_layers == (1, 2)
-    assert routed_layers(model.graph) == [1, 2]
+    assert gated_layers(model.graph) == [range(1, 2), range(2, 3)]
     for layer, router in model.routers.items():
         assert isinstance(router, DepthRouter)
+        assert isinstance(router.score, DepthScore)
         assert router.score.up.out_features == 5
         assert router.score.dropout.p == 0.25
         assert isinstance(router.score.norm, nn.Identity)

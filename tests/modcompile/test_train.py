@@ -47,6 +47,23 @@ def test_rewrites_and_trains_a_base_model(base_folder: Path, data: list[str], tm
     assert report["training"]["budget"]["router_lambda"] == 3.0
 
 
+def test_trains_gates_that_layers_share(base_folder: Path, data: list[str]) -> None:
+    flags = ["--router_hidden_size", "0", "--blocks_per_gate", "2"]
+    main(["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, *flags])
+    model = load_with_routers("out")
+    assert model.gated_layers == (range(2), range(2, 3))
+    weights = load_file("out/routers.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
+        f"routers.{layer}.{name}": shape
+        for layer in (0, 2)
+        for name, shape in (("bias", (1,)), ("score.down.weight", (1, model.config.hidden_size)))
+    }
+    assert all(weights[f"routers.{layer}.score.down.weight"].abs().max() > 0 for layer in (0, 2))
+    # Of three layers, two share a gate: what is told counts layers.
+    training = read_report(Path("out"))["training"]
+    assert training["metrics"]["eval_active_ratio"] == pytest.approx(1.0)
+
+
 def test_default_place_is_named_after_the_model(base_folder: Path, data: list[str], tmp_path: Path) -> None:
     main(["--model_name_or_path", str(base_folder), *data])
     assert [path.name for path in Path.cwd().iterdir()] == ["tiny-routed"]

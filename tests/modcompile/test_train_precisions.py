@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modcompile import LayerwiseQuantizeForCausalLM
-from modcompile.artifacts import read_report, read_router_config
+from modcompile.artifacts import read_report, read_router_config, save_depth_routers
 from modcompile.config import RouterConfig
+from modcompile.errors import ConfigError
 from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_router_files import (
     has_precision_routers,
@@ -102,6 +103,20 @@ def test_quantizes_a_plain_model_first(base_folder: Path, data: list[str]) -> No
     stored = load_file(folder / "model.safetensors")
     assert stored.keys() == base.keys() - read.weights.keys()
     assert all(tensor.equal(base[name]) for name, tensor in stored.items())
+
+
+def test_refuses_depth_gates_that_layers_share(
+    base_folder: Path, quantized_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = "error: blocks that choose their bits need a depth gate each, but --blocks_per_gate is 2; make depth"
+    gates = ["--route_depth", "--blocks_per_gate", "2"]
+    for argv in ([str(quantized_folder)], [str(base_folder), "--precisions", "4"]):
+        assert error_of(["--model_name_or_path", *argv, *data, *gates], capsys).startswith(expected)
+    save_depth_routers({}, RouterConfig(blocks_per_gate=2), Path())
+    shutil.copytree(base_folder, Path(), dirs_exist_ok=True)
+    assert error_of(["--model_name_or_path", ".", "--precisions", "4", *data], capsys).startswith(expected)
+    with pytest.raises(ConfigError, match="need a depth gate each"):
+        LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=RouterConfig(blocks_per_gate=2))
 
 
 def test_keeps_the_depth_gates_of_a_routed_folder(routed_folder: Path, data: list[str]) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import fx
 from transformers import PreTrainedModel
 
+from modcompile.passes.outlined_form import routed_calls
 from modcompile.routers import DepthRouter
 from tests.model_inputs import ModelInputs, Padding, make_inputs
 from tests.tiny_graphs import random_routers
@@ -37,8 +38,8 @@ class RoutingCase:
         routers = self.routers()
         for bias, router in zip(gm.get_submodule("routing_inputs").parameters(), routers.values(), strict=True):
             bias.copy_(router.bias)
-        for layer, router in routers.items():
-            gm.get_submodule(f"blocks.{layer}.decide.score").load_state_dict(router.score.state_dict())
+        for call, router in zip(routed_calls(gm), routers.values(), strict=True):
+            gm.get_submodule(f"{call.target}.decide.score").load_state_dict(router.score.state_dict())
 
     @property
     def threshold(self) -> torch.Tensor:

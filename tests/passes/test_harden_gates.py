@@ -6,7 +6,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from modcompile.passes import harden_gates, insert_depth_gates
-from modcompile.passes.outlined_form import routed_layers
+from modcompile.passes.outlined_form import gated_layers
 from modcompile.routers import StraightThroughGate
 from tests.model_inputs import kernel_atol
 from tests.passes.forced_routing import ForcedRouter, force
@@ -171,7 +171,7 @@ def test_equals_straight_through_gates_at_one_half(
 def test_starts_with_a_threshold_of_one_half_for_each_routed_layer() -> None:
     hard = hard_graph("llama", random_routers([0, 1, 2]))
     assert torch.equal(hard.get_buffer("routing_threshold"), torch.full((3,), 0.5))
-    assert routed_layers(hard) == [0, 1, 2]
+    assert gated_layers(hard) == [range(1), range(1, 2), range(2, 3)]
 
 
 def test_has_no_sigmoid_left() -> None:

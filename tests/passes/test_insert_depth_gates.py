@@ -4,7 +4,7 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from modcompile.passes import insert_depth_gates
-from modcompile.passes.outlined_form import routed_layers
+from modcompile.passes.outlined_form import gated_layers
 from modcompile.routers import SoftGate, StraightThroughGate
 from tests.model_inputs import Padding, kernel_atol, make_inputs
 from tests.passes.forced_routing import ConstantGate
@@ -77,7 +77,7 @@ def test_every_token_has_the_gate_of_its_own_hidden_state(
 
 def test_routes_the_given_layers_only(outlined: fx.GraphModule) -> None:
     soft = insert_depth_gates(outlined, random_routers([1]), SoftGate())
-    assert routed_layers(soft) == [1]
+    assert gated_layers(soft) == [range(1, 2)]
     assert soft.get_submodule("blocks.0") is outlined.get_submodule("blocks.0")
     assert soft.get_submodule("blocks.2") is outlined.get_submodule("blocks.2")
 
@@ -87,7 +87,7 @@ def test_shares_block_and_router(outlined: fx.GraphModule) -> None:
     soft = insert_depth_gates(outlined, routers, SoftGate())
     for layer in _LAYERS:
         assert soft.get_submodule(f"blocks.{layer}.router") is routers[layer]
-        assert soft.get_submodule(f"blocks.{layer}.block") is outlined.get_submodule(f"blocks.{layer}")
+        assert soft.get_submodule(f"blocks.{layer}.block.block") is outlined.get_submodule(f"blocks.{layer}")
 
 
 @pytest.mark.parametrize("gate", [SoftGate(), StraightThroughGate()], ids=["soft", "straight_through"])

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from modcompile.errors import UnsupportedModelError
 from modcompile.passes import harden_gates, insert_depth_gates, lower_gates, outline_blocks
 from modcompile.passes.extract_subgraph import get_attribute
-from modcompile.passes.outlined_form import routed_layers
+from modcompile.passes.outlined_form import gated_layers
 from modcompile.routers import SoftGate
 from modcompile.tracing import find_layers
 from tests.model_inputs import make_inputs
@@ -123,7 +123,7 @@ def test_skip_branch_has_no_attention(lowered: fx.GraphModule) -> None:
 
 def test_layers_without_a_router_stay_as_they_are(outlined: fx.GraphModule, lowered: fx.GraphModule) -> None:
     assert lowered.get_submodule("blocks.1") is outlined.get_submodule("blocks.1")
-    assert routed_layers(lowered) == list(ROUTED_LAYERS)
+    assert gated_layers(lowered) == [range(layer, layer + 1) for layer in ROUTED_LAYERS]
 
 
 def test_refuses_a_block_that_writes_in_place() -> None:

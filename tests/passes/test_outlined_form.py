@@ -1,16 +1,18 @@
 import operator
 
 import pytest
-from torch import fx
+from torch import fx, nn
 
 from modcompile.passes import harden_gates, insert_depth_gates, lower_gates
 from modcompile.passes.outlined_form import (
     block_calls,
     called_modules,
     copy_graph,
+    gated_layers,
+    inner_block,
+    is_group,
     results,
     routed_calls,
-    routed_layers,
 )
 from modcompile.routers import SoftGate
 from tests.tiny_graphs import outlined_graph, random_routers
@@ -33,8 +35,8 @@ def test_block_calls_are_those_of_all_layers_in_order(forms: dict[str, fx.GraphM
 
 
 @_FORMS
-def test_routed_layers_are_those_with_a_router(forms: dict[str, fx.GraphModule], form: str) -> None:
-    assert routed_layers(forms[form]) == ([] if form == "dense" else [0, 2])
+def test_gated_layers_are_those_with_a_router(forms: dict[str, fx.GraphModule], form: str) -> None:
+    assert gated_layers(forms[form]) == ([] if form == "dense" else [range(1), range(2, 3)])
 
 
 @_FORMS
@@ -45,12 +47,10 @@ def test_a_block_returns_hidden_state_cache_and_mask(forms: dict[str, fx.GraphMo
 
 
 @_FORMS
-def test_returns_logits_then_cache_then_one_value_for_each_routed_layer(
-    forms: dict[str, fx.GraphModule], form: str
-) -> None:
+def test_returns_logits_then_cache_then_one_value_for_each_gate(forms: dict[str, fx.GraphModule], form: str) -> None:
     gm = forms[form]
     _, outputs = copy_graph(gm)
-    assert len(outputs) == 1 + 2 * 3 + len(routed_layers(gm))
+    assert len(outputs) == 1 + 2 * 3 + len(gated_layers(gm))
 
 
 def test_routed_calls_are_nodes_of_the_given_graph(forms: dict[str, fx.GraphModule]) -> None:
@@ -70,6 +70,22 @@ def test_called_modules_are_shared_and_named_as_called(forms: dict[str, fx.Graph
     modules = called_modules(dense)
     assert set(modules) == {"prologue", "blocks.0", "blocks.1", "blocks.2", "epilogue"}
     assert all(modules[name] is dense.get_submodule(name) for name in modules)
+
+
+def test_a_group_is_what_only_calls_modules(forms: dict[str, fx.GraphModule]) -> None:
+    dense = forms["dense"]
+    assert is_group(dense)  # it calls prologue, blocks and epilogue
+    assert not any(is_group(module) for module in called_modules(dense).values())
+    assert not is_group(forms["lowered"].get_submodule("blocks.0"))
+    assert not is_group(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_inner_block_is_the_one_that_the_gate_changes(forms: dict[str, fx.GraphModule], layer: int) -> None:
+    for form in ("soft", "hard"):
+        block = forms[form].get_submodule(f"blocks.{layer}.block")
+        assert isinstance(block, fx.GraphModule)
+        assert inner_block(block) is forms["dense"].get_submodule(f"blocks.{layer}")
 
 
 def test_copied_graph_has_no_output_yet(forms: dict[str, fx.GraphModule]) -> None:

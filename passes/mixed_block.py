@@ -1,0 +1,33 @@
+"""Let a gate decide how much a decoder block changes each token.
+
+Before::
+
+    y, key, value = block(hidden, …)
+
+After::
+
+    y, key, value = block(hidden, …)
+    hidden = gate * y + (1 - gate) * hidden
+"""
+
+import operator
+
+from torch import fx
+
+from modcompile.passes.outlined_form import getitems, num_outputs
+
+
+def mixed_block(block: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph that takes what the block takes, then `gate [B, T, 1]`, and returns what it returns.
+
+    Keeps equal: keys and values; with a gate of 1 every output, bit for bit.
+    """
+    graph = fx.Graph()
+    inputs = [graph.placeholder(node.name) for node in block.graph.find_nodes(op="placeholder")]
+    gate = graph.placeholder("gate")
+    executed, *cache = getitems(graph.call_module("block", tuple(inputs)), num_outputs(block))
+    kept = graph.call_function(operator.mul, (gate, executed))
+    closed = graph.call_function(operator.sub, (1, gate))
+    skipped = graph.call_function(operator.mul, (closed, inputs[0]))
+    graph.output((graph.call_function(operator.add, (kept, skipped)), *cache))
+    return fx.GraphModule({"block": block}, graph)

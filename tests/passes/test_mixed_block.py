@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from modcompile.passes.mixed_block import mixed_block
+from modcompile.passes.outlined_form import inner_block
+from tests.passes.toy_block import HIDDEN, PAST_KEY, toy_block
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
+@torch.no_grad()
+def test_mixes_the_hidden_state_and_has_the_keys_of_the_block(value: float) -> None:
+    block = toy_block()
+    mixed = mixed_block(block)
+    assert inner_block(mixed) is block
+    executed, key = block(HIDDEN, PAST_KEY)
+    gate = torch.full_like(HIDDEN[..., :1], value)
+    hidden, own_key = mixed(HIDDEN, PAST_KEY, gate)
+    assert torch.equal(hidden, value * executed + (1 - value) * HIDDEN)
+    assert torch.equal(own_key, key)
