@@ -7,8 +7,10 @@ import numpy as np
 import onnx_ir as ir
 
 from modcompile.export.compare_in_double import errors_to_double
+from modcompile.export.overrides import THRESHOLD_INPUT
 from modcompile.export.paired_steps import largest
-from modcompile.export.session import THRESHOLD_INPUT, Array, RoutedSession
+from modcompile.export.session import RoutedSession
+from modcompile.export.step_binding import Array
 from modcompile.export.tell_routes import TellRoutes
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import Case

@@ -14,7 +14,9 @@ import onnx_ir as ir
 import torch
 
 from modcompile.export.float_activations import FloatActivations
-from modcompile.export.session import BIAS_INPUT, THRESHOLD_INPUT, Array, RoutedSession
+from modcompile.export.overrides import BIAS_INPUT, THRESHOLD_INPUT
+from modcompile.export.session import RoutedSession
+from modcompile.export.step_binding import Array
 from modcompile.export.tell_branches import TellBranches
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import Case

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from modcompile.export.session import Array, RoutedSession
+from modcompile.export.session import RoutedSession
+from modcompile.export.step_binding import Array
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import Case
 

@@ -1,7 +1,7 @@
 """python -m modcompile.generate DIR --prompt TEXT: continue a text, in PyTorch or in ONNX Runtime.
 
 The text goes to stdout as it comes, the prompt first; then one line on stderr tells of speed, and of the active ratio,
-or for a quantized folder the average bits of a token's blocks.
+or for a quantized folder the average bits of a token's blocks. On a terminal its last row tells the same as it goes.
 """
 
 import sys
@@ -17,7 +17,7 @@ from modcompile.artifacts import is_routed_folder, read_router_config
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.cli import run
-from modcompile.config import check_choice, check_threshold
+from modcompile.config import check, check_choice, check_threshold
 from modcompile.errors import ConfigError
 from modcompile.flags import parse_flags
 from modcompile.generate_onnx import find_onnx_folder, load_onnx
@@ -26,8 +26,10 @@ from modcompile.precision_folder import holds_precisions
 from modcompile.prompts import check_fits, encode_prompt
 from modcompile.required_tokenizer import required_tokenizer
 from modcompile.sampling import SamplingConfig, load_generation_config
+from modcompile.status_line import StatusLine
 from modcompile.text_generator import TextGenerator
 from modcompile.timed_streamer import TimedStreamer
+from modcompile.torch_threads import torch_threads
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class GenerateConfig:
     """What is continued, and by which runtime.
 
     Raises:
-        ConfigError: the threshold is negative, infinite or not a number, or precisions are fixed in ONNX Runtime.
+        ConfigError: the threshold is negative, infinite or not a number, there is no thread, or precisions are fixed in
+            ONNX Runtime.
     """
 
     prompt: str = field(metadata={"help": "The text to continue."})
@@ -56,6 +59,10 @@ class GenerateConfig:
             "choose."
         },
     )
+    num_threads: int | None = field(
+        default=None,
+        metadata={"help": "Compute with so many threads of the CPU. By default with one for each core."},
+    )
     chat: bool = field(
         default=False,
         metadata={
@@ -65,6 +72,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_choice("runtime", self.runtime, ("torch", "onnx"))
+        if self.num_threads is not None:
+            check("num_threads", self.num_threads, at_least=1)
         if self.hard_threshold is not None:
             check_threshold(self.hard_threshold)
         if self.fix_precision is not None and self.runtime != "torch":
@@ -90,17 +99,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     input_ids = encode_prompt(tokenizer, config.prompt, chat=config.chat)
     check_fits(input_ids, sampling.max_new_tokens, model_config)
     generation_config = sampling.generation_config(load_generation_config(folder, model_config), tokenizer)
-    streamer = TimedStreamer(tokenizer, skip_prompt=config.chat)
-    generate = load()
-    set_seed(sampling.seed)  # after loading, which makes routers at random before it fills them
-    used = generate(input_ids, generation_config, streamer)
-    print(_summary(streamer, used), file=sys.stderr)
+    with torch_threads(config.num_threads):
+        generator = load()
+        set_seed(sampling.seed)  # after loading, which makes routers at random before it fills them
+        with StatusLine() as status:
+            streamer = TimedStreamer(
+                tokenizer,
+                skip_prompt=config.chat,
+                on_put=lambda streamer: status.show(partial(_progress, streamer, generator)),
+            )
+            generator.generate(input_ids, generation_config, streamer)
+    print(_summary(streamer, generator), file=sys.stderr)
 
 
 def _loader(folder: Path, config: GenerateConfig) -> Callable[[], TextGenerator]:
     """What loads the folder, once it is known to be one for the flags."""
     if config.runtime == "onnx":
-        return partial(load_onnx, folder, config.hard_threshold)
+        return partial(load_onnx, folder, config.hard_threshold, config.num_threads)
     if holds_precisions(folder):
         if config.hard_threshold is not None and not is_routed_folder(folder):
             raise ConfigError(f"--hard_threshold needs depth gates, which {folder} has not; leave it out")
@@ -111,11 +126,17 @@ def _loader(folder: Path, config: GenerateConfig) -> Callable[[], TextGenerator]
     return partial(load_routed, folder, config.hard_threshold)
 
 
-def _summary(streamer: TimedStreamer, used: str) -> str:
+def _progress(streamer: TimedStreamer, generator: TextGenerator) -> str:
+    if not streamer.new_tokens:
+        return f"reading the prompt, {streamer.prompt_tokens} tokens"
+    return _summary(streamer, generator)
+
+
+def _summary(streamer: TimedStreamer, generator: TextGenerator) -> str:
     rates = {"prefill": streamer.prefill_rate, "decode": streamer.decode_rate}
     parts = [f"{streamer.new_tokens} new token{'s' if streamer.new_tokens != 1 else ''}"]
     parts += [f"{name} {rate:.1f} tokens/s" for name, rate in rates.items() if rate is not None]
-    return ", ".join([*parts, used])
+    return ", ".join([*parts, generator.describe()])
 
 
 if __name__ == "__main__":

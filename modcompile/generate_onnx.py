@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from modcompile.errors import ArtifactError, ConfigError
 from modcompile.progress import show_elapsed
-from modcompile.text_generator import TextGenerator, describe_active_ratio
+from modcompile.text_generator import TextGenerator
 from modcompile.timed_streamer import TimedStreamer
 
 _MODEL_FILE = "model.onnx"  # as in modcompile.export.session, which can't be imported without onnxruntime
@@ -29,31 +29,29 @@ def find_onnx_folder(folder: Path) -> Path:
     )
 
 
-def load_onnx(folder: Path, hard_threshold: float | None) -> TextGenerator:
-    """Of an exported folder, at a threshold, by default that of its export.
+def load_onnx(folder: Path, hard_threshold: float | None, num_threads: int | None) -> TextGenerator:
+    """Of an exported folder, at a threshold, by default that of its export; with a thread for every core by default.
 
     Raises:
         ArtifactError: ONNX Runtime can't load it.
         ConfigError: there is no ONNX Runtime, or the artifact has no depth gates for a threshold.
     """
     try:
-        from modcompile.export import generation
+        from modcompile.export.generation import generate
+        from modcompile.export.huge_pages import huge_pages
         from modcompile.export.session import RoutedSession
+        from modcompile.export.told_counts import ToldCounts
     except ModuleNotFoundError as error:
         raise ConfigError(f"--runtime onnx needs {error.name}: pip install onnxruntime, or onnxruntime-gpu") from error
-    with show_elapsed("loading the ONNX model"):
-        session = RoutedSession(folder / _MODEL_FILE, thresholds=hard_threshold)
-
+    with show_elapsed("loading the ONNX model"), huge_pages():
+        session = RoutedSession(folder / _MODEL_FILE, thresholds=hard_threshold, num_threads=num_threads)
+        # Its first run allocates.
+        generate(session, torch.zeros(1, 1, dtype=torch.long), GenerationConfig(max_new_tokens=1))
     if hard_threshold is not None and not session.num_thresholds:
         raise ConfigError(f"--hard_threshold needs depth gates, which {folder} has not; leave it out")
+    counts = ToldCounts(session)
 
-    def generate(input_ids: torch.Tensor, config: GenerationConfig, streamer: TimedStreamer) -> str:
-        generated = generation.generate(session, input_ids, config, streamer=streamer)
-        if generated.bits is not None:
-            return generated.bits.describe()
-        if generated.usage is not None:
-            return describe_active_ratio(generated.usage.active_ratio)
-        untold = "average bits" if session.bias_shape[0] else "active ratio"
-        return f"{untold} not told by this artifact (export it with --emit_routing)"
+    def continue_prompt(input_ids: torch.Tensor, config: GenerationConfig, streamer: TimedStreamer) -> None:
+        generate(session, input_ids, config, streamer=streamer, counts=counts)
 
-    return generate
+    return TextGenerator(continue_prompt, counts.describe)

@@ -1,5 +1,6 @@
 """Continue a prompt in PyTorch, by a routed or a quantized folder."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,7 @@ def load_routed(folder: Path, hard_threshold: float | None) -> TextGenerator:
         model = load_with_routers(folder, 0.5 if hard_threshold is None else hard_threshold, device=fastest_device())
         model.hard_graph()  # lowered now, so that the prefill is timed without
 
-    def generate(input_ids: torch.Tensor, config: GenerationConfig, streamer: TimedStreamer) -> str:
-        _generate(model, input_ids, config, streamer)
-        return describe_active_ratio(model.active_ratio)
-
-    return generate
+    return TextGenerator(partial(_generate, model), lambda: describe_active_ratio(model.active_ratio))
 
 
 def load_quantized(folder: Path, hard_threshold: float | None, num_bits: int | None) -> TextGenerator:
@@ -49,18 +46,14 @@ def load_quantized(folder: Path, hard_threshold: float | None, num_bits: int | N
     if hard_threshold is not None:
         model.set_hard_threshold(hard_threshold)
 
-    def generate(input_ids: torch.Tensor, config: GenerationConfig, streamer: TimedStreamer) -> str:
-        bits = CountedBits()
+    bits = CountedBits()
 
-        def count(_model: nn.Module, _inputs: Any, output: PrecisionCausalLMOutput) -> None:
-            assert output.num_bits is not None and output.tokens is not None
-            bits.update(output.num_bits, output.tokens)
+    def count(_model: nn.Module, _inputs: Any, output: PrecisionCausalLMOutput) -> None:
+        assert output.num_bits is not None and output.tokens is not None
+        bits.update(output.num_bits, output.tokens)
 
-        with model.register_forward_hook(count):
-            _generate(model, input_ids, config, streamer)
-        return bits.describe()
-
-    return generate
+    model.register_forward_hook(count)
+    return TextGenerator(partial(_generate, model), bits.describe)
 
 
 def _generate(

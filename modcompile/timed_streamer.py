@@ -1,5 +1,6 @@
 """Print text while it is generated, and keep the time."""
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -9,14 +10,24 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 class TimedStreamer(TextStreamer):
     """Prints text to stdout word by word, without special tokens, and with `skip_prompt` without the prompt.
 
+    After each put, `on_put` is called with it.
+
     Whoever generates puts the prompt before the prefill, then each token as soon as it is chosen: so does transformers'
     `generate`, and so does `modcompile.export.generation`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_prompt: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        skip_prompt: bool = False,
+        on_put: Callable[["TimedStreamer"], None] | None = None,
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self._times: list[float] = []
-        self._prompt_tokens = 0
+        self._on_put = on_put
+        self.prompt_tokens = 0
+        """How many tokens the prompt has, once it was put."""
 
     @property
     def new_tokens(self) -> int:
@@ -26,7 +37,7 @@ class TimedStreamer(TextStreamer):
     @property
     def prefill_rate(self) -> float | None:
         """Tokens of the prompt per second until the first new token; None if there was none."""
-        return self._prompt_tokens / (self._times[1] - self._times[0]) if self.new_tokens else None
+        return self.prompt_tokens / (self._times[1] - self._times[0]) if self.new_tokens else None
 
     @property
     def decode_rate(self) -> float | None:
@@ -38,6 +49,8 @@ class TimedStreamer(TextStreamer):
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt `[1, T]`, or a token `[1]`."""
         if not self._times:
-            self._prompt_tokens = value.numel()
+            self.prompt_tokens = value.numel()
         self._times.append(perf_counter())
         super().put(value)
+        if self._on_put is not None:
+            self._on_put(self)
