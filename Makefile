@@ -8,12 +8,14 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OPTIMUM := .optimum/.installed
+# An environment of their own for those that we are measured against; `make bench` leaves out who is not in it.
+PEERS ?= .peers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv optimum test lint demo bench clean
+.PHONY: help venv optimum test lint demo bench bench-peers clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## Set up .venv with the versions of constraints.txt
 
@@ -46,12 +48,25 @@ lint: venv ## Check style and types
 demo: venv ## Rewrite, train, export and verify a real checkpoint, and compare it with the dense one
 	$(BIN)/python -m benchmarks.demo
 
-bench: venv ## Measure what routing and precisions cost and gain
+bench: venv ## Measure what routing and precisions cost and gain, and our speed beside that of peers
 	$(BIN)/python -m benchmarks.routing_cost
 	$(BIN)/python -m benchmarks.precision_cost
 	$(BIN)/python -m benchmarks.precision_cost --random tinyllama-1.1b --rounds 4 --repeats 2 --new_tokens 16
 	$(BIN)/python -m benchmarks.training_cost
+	$(BIN)/python -m benchmarks.peers --peers $(PEERS)
+	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --model tinyllama-1.1b --rounds 4 --repeats 2
 
-clean: ## Remove .venv and .optimum, and what the tools and the demo leave behind
-	rm -rf .venv .optimum .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
+bench-peers: $(PEERS)/.installed ## Install those that `make bench` compares with (compiles for ten minutes)
+
+$(PEERS)/.installed: benchmarks/peers/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
+# llama.cpp is compiled for this very processor. GCC up to 13 takes the stores that set up the tiles of AMX for dead,
+# and the first product then crashes: without these two passes it keeps them. A wheel from pip's cache may lack that.
+	CXXFLAGS="-fno-tree-dse -fno-dse" $(PEERS)/bin/pip install --disable-pip-version-check --no-cache-dir \
+		-c constraints.txt -r benchmarks/peers/requirements.txt
+	@touch $@
+
+clean: ## Remove .venv, .optimum and .peers, and what the tools and the demo leave behind
+	rm -rf .venv .optimum .peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

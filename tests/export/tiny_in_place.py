@@ -91,7 +91,7 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True, tells: 
         node("Greater", ["share", "routing_threshold"], ["routing.0"]),
     ]
     value = helper.make_tensor_value_info
-    shape = ["B", NUM_KV_HEADS, "P", HEAD_SIZE]
+    shape: list[str | int | None] = ["B", NUM_KV_HEADS, "P", HEAD_SIZE]
     cached = [f"{layer}.{kind}" for layer in range(NUM_LAYERS) for kind in ("key", "value")]
     inputs = [
         value("input_ids", TensorProto.INT64, ["B", "T"]),
