@@ -11,17 +11,16 @@ MAX_POSITIONS = 64
 _ALL = np.iinfo(np.int64).max
 
 
-def write_in_place_model(model_file: Path, *, keeps_logits: bool = True, tells: bool = True) -> Path:
-    """Write it as `model_file`.
+def write_in_place_model(model_file: Path, *, keeps_logits: bool = True) -> Path:
+    """Write it as `model_file`, without the input `logits_to_keep` if `keeps_logits` is false.
 
-    Unless `keeps_logits` is false it has the input `logits_to_keep`; unless `tells` is false it has routing masks: of
-    tokens above `routing_threshold`, as a share of the vocabulary.
+    It tells a routing mask: which tokens are above `routing_threshold`, as a share of the vocabulary.
     """
     random = np.random.default_rng(0)
     angles = np.outer(np.arange(MAX_POSITIONS), 0.5 ** np.arange(HEAD_SIZE // 2))
     constants = {
         "embedding": random.normal(size=(VOCAB_SIZE, HIDDEN_SIZE)),
-        "head": random.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)),
+        "head": random.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)) * 0.1,
         "cos": np.cos(angles),
         "sin": np.sin(angles),
         "scale": np.array(1 / VOCAB_SIZE),
@@ -98,12 +97,12 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True, tells: 
         value("attention_mask", TensorProto.INT64, ["B", "S"]),
         *(value(f"past_key_values.{name}", TensorProto.FLOAT, shape) for name in cached),
         *([value("logits_to_keep", TensorProto.INT64, [1])] if keeps_logits else []),
-        *([value("routing_threshold", TensorProto.FLOAT, [1])] if tells else []),
+        value("routing_threshold", TensorProto.FLOAT, [1]),
     ]
     outputs = [
         value("logits", TensorProto.FLOAT, ["B", "K", VOCAB_SIZE]),
         *(value(f"present.{name}", TensorProto.FLOAT, ["B", NUM_KV_HEADS, "S", HEAD_SIZE]) for name in cached),
-        *([value("routing.0", TensorProto.BOOL, ["B", "T"])] if tells else []),
+        value("routing.0", TensorProto.BOOL, ["B", "T"]),
     ]
     initializers = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
     initializers += [numpy_helper.from_array(array.astype(np.int64), name) for name, array in sizes.items()]
