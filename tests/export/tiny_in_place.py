@@ -65,9 +65,14 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True) -> Path
             constants[f"{name}.{layer}.weight"] = random.normal(size=(HIDDEN_SIZE, width)) * 0.3
             nodes.append(node("MatMul", [f"hidden.{layer}", f"{name}.{layer}.weight"], [f"{name}.{layer}"]))
         constants[f"o.{layer}.weight"] = random.normal(size=(widths["q"], HIDDEN_SIZE)) * 0.3
-        projected = [f"{name}.{layer}" for name in widths]
+        # By an operator of its own: of the positions of a prompt, the attention's own rotation looks at the first only.
+        for name, heads in (("q", NUM_HEADS), ("k", NUM_KV_HEADS)):
+            inputs = [f"{name}.{layer}", "positions", "cos", "sin"]
+            rotated = [f"{name}.{layer}.rotated"]
+            nodes.append(node("RotaryEmbedding", inputs, rotated, domain="com.microsoft", num_heads=heads))
+        projected = [f"q.{layer}.rotated", f"k.{layer}.rotated", f"v.{layer}"]
         past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
-        sequence = ["seqlens_k", "total.int", "cos", "sin", "positions", "bias"]
+        sequence = ["seqlens_k", "total.int", "", "", "", "bias"]
         nodes += [
             node(
                 "GroupQueryAttention",
@@ -76,7 +81,6 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True) -> Path
                 domain="com.microsoft",
                 num_heads=NUM_HEADS,
                 kv_num_heads=NUM_KV_HEADS,
-                do_rotary=1,
             ),
             node("MatMul", [f"attended.{layer}", f"o.{layer}.weight"], [f"o.{layer}"]),
             node("Add", [f"hidden.{layer}", f"o.{layer}"], [f"hidden.{layer + 1}"]),
@@ -92,7 +96,7 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True) -> Path
     value = helper.make_tensor_value_info
     shape: list[str | int | None] = ["B", NUM_KV_HEADS, "P", HEAD_SIZE]
     cached = [f"{layer}.{kind}" for layer in range(NUM_LAYERS) for kind in ("key", "value")]
-    inputs = [
+    graph_inputs = [
         value("input_ids", TensorProto.INT64, ["B", "T"]),
         value("attention_mask", TensorProto.INT64, ["B", "S"]),
         *(value(f"past_key_values.{name}", TensorProto.FLOAT, shape) for name in cached),
@@ -106,7 +110,7 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True) -> Path
     ]
     initializers = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
     initializers += [numpy_helper.from_array(array.astype(np.int64), name) for name, array in sizes.items()]
-    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    graph = helper.make_graph(nodes, "tiny", graph_inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     helper.set_model_props(model, {"modcompile.cache": "in_place"})
