@@ -18,7 +18,7 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
-from modcompile.export import attention_translation, quantized_translation
+from modcompile.export import attention_translation, norm_translation, quantized_translation
 from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
 from modcompile.export.quiet_exporter import quiet_exporter
@@ -26,6 +26,8 @@ from modcompile.passes.extract_subgraph import get_attribute
 
 DOMAIN = "modcompile"
 OPSET = 23
+
+_TRANSLATIONS = attention_translation.TRANSLATIONS | norm_translation.TRANSLATIONS | quantized_translation.TRANSLATIONS
 
 Example = tuple[torch.Tensor, torch.Tensor]
 """One tensor at two sets of sizes: the dimensions in which they differ are dynamic."""
@@ -59,7 +61,7 @@ def export_template(module: nn.Module, examples: Sequence[Example], name: str) -
             verbose=False,
             optimize=False,
             opset_version=OPSET,
-            custom_translation_table={**attention_translation.TRANSLATIONS, **quantized_translation.TRANSLATIONS},
+            custom_translation_table=dict(_TRANSLATIONS),
         )
         assert program is not None
         graph = program.model.graph

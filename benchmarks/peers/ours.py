@@ -7,37 +7,34 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.timed_worker import Engine, Logits, serve
+from modcompile.export.decoder import Decoder
+from modcompile.export.huge_pages import huge_pages
 from modcompile.export.session import MODEL_FILE, RoutedSession
 
 
 class _Session:
-    """A growing cache; logits are computed for every token of a prompt."""
+    """As `modcompile.generate --runtime onnx` runs it: the logits of a prompt's last token only."""
 
     def __init__(self, folder: Path, thresholds: Sequence[float] | None, threads: int) -> None:
-        self._session = RoutedSession(
-            folder / MODEL_FILE, thresholds=thresholds, num_threads=threads, providers=["CPUExecutionProvider"]
-        )
-        self.start(0)
+        with huge_pages():
+            self._session = RoutedSession(
+                folder / MODEL_FILE, thresholds=thresholds, num_threads=threads, providers=["CPUExecutionProvider"]
+            )
+        self.start(1)
 
     def start(self, capacity: int) -> None:
-        self._cache, self._length = self._session.empty_cache(1), 0
+        self._decoder = Decoder(self._session, 1, capacity)
 
     def prefill(self, ids: Sequence[int]) -> int:
-        return int(self._run(ids)[-1].argmax())
+        logits, _ = self._decoder.step(np.array([ids]))
+        return int(logits[0, -1].argmax())
 
     def step(self, token: int) -> int:
         return self.prefill([token])
 
     def logits(self, ids: Sequence[int]) -> Logits:
         self.start(len(ids))
-        return self._run(ids)
-
-    def _run(self, ids: Sequence[int]) -> Logits:
-        total = self._length + len(ids)
-        positions = np.arange(self._length, total)[None]
-        mask = np.ones((1, total), np.int64)
-        logits, self._cache, _ = self._session.run(np.array([ids]), mask, positions, self._cache)
-        self._length = total
+        logits, _ = self._decoder.step(np.array([ids]), logits_to_keep=len(ids))
         rows: Logits = logits[0]
         return rows
 
