@@ -10,6 +10,7 @@ In the order in which they are applied:
 6. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
 7. `lower_gates`: boolean routing mask → `torch.cond`.
 8. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
+9. `fuse_for_onnxruntime`: what ONNX Runtime alone has operators for: attention over a cache, packed products, and more.
 
 For blocks of several precisions, in the place of 4 to 7:
 
