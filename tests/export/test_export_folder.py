@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from modcompile.artifacts import read_report, write_routed_folder
 from modcompile.config import RouterConfig
 from modcompile.errors import ArtifactError, OutputError, UnsupportedModelError, VerificationError
-from modcompile.export import verification
+from modcompile.export import verification, verification_inputs
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import ExportResult, export_folder, is_onnx_folder
 from modcompile.export.session import MODEL_FILE
@@ -85,6 +85,7 @@ def test_holds_the_thresholds_asked_for_and_tells_no_routes(exported: ExportResu
 def test_reports_to_the_routed_folder(exported: ExportResult) -> None:
     report = read_report(exported.output.parent)["export"]
     assert report["output"] == str(exported.output)
+    assert (report["weights"], report["group_size"]) == ("fp32", None)
     assert report["passed"] is True
     assert list(report["seconds"]) == ["loading and tracing", "lowering to ONNX", "writing the ONNX model", "verifying"]
 
@@ -95,6 +96,31 @@ def test_sums_up_in_three_lines(exported: ExportResult) -> None:
     assert second.startswith(f"verified on {TOKENS:,} tokens: logits differ by at most ")
     assert second.endswith(f", 100.00% of {3 * TOKENS:,} routes are equal, every branch of every If was seen")
     assert third.endswith("active ratio 1.000")
+
+
+def test_writes_integer_weights_and_tells_what_they_lost(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a byte each, but for their scales and zero points."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    result = export_folder(folder, tmp_path / "onnx", ExportConfig(weights="int4", group_size=16))
+    proved = result.verification
+    assert proved.passed
+    assert names(result.output) == FILES
+    report = read_report(folder)["export"]
+    assert (report["weights"], report["group_size"]) == ("int4", 16)
+    assert report["bytes"] == result.num_bytes
+    assert result.num_bytes == sum((result.output / name).stat().st_size for name in (MODEL_FILE, f"{MODEL_FILE}.data"))
+    tensors = onnx.load(result.output / MODEL_FILE).graph.initializer
+    rounded = [tensor for tensor in tensors if tensor.name.endswith("_packed")]
+    weights = sum(parameter.numel() for parameter in tiny_base().parameters() if parameter.dim() == 2)
+    assert sum(len(tensor.raw_data) for tensor in rounded) == weights / 2
+    *_, last = result.summary().splitlines()
+    assert proved.perplexity_unrounded is not None
+    assert last == (
+        f"int4 weights in groups of 16: on longer texts perplexity {proved.perplexity_rounded['onnx']:.3f} as shipped, "
+        f"{proved.perplexity_unrounded:.3f} before rounding"
+    )
 
 
 def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
