@@ -19,6 +19,10 @@ For blocks of several precisions, in the place of 4 to 7:
 - `insert_precision_branches`: every block → router, a branch for each precision, mix (or one branch, drawn).
 - `choose_precision`: every block → router, a chain of `torch.cond` between the branches, one of which may be to skip.
 
+For integer weights, between 6 and 7:
+
+- `quantize_weights`: products with weights, and token embeddings, on codes.
+
 After each of them the graph runs in PyTorch, in the form that `outlined_form` describes from the second on.
 """
 

@@ -218,7 +218,8 @@ def test_fails_where_an_if_always_takes_one_side(
     """Executing a layer that no token needs changes no output, so outputs alone would not tell."""
     other = copied(built, tmp_path)
     tamper(other.folder, always(condition, "blocks.1.if"))
-    lines = [ROUTES, *([PERPLEXITY, FORCED] if condition else []), f"the If of layer 1 was never seen {missing}"]
+    # What one block does to own decisions is within chance on so few tokens.
+    lines = [ROUTES, *([FORCED] if condition else []), f"the If of layer 1 was never seen {missing}"]
     assert_fails(other.verify(), *lines)
 
 
