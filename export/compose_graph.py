@@ -36,6 +36,7 @@ from modcompile.passes.code_key import code_key
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.keep_last_logits import LAST_TOKENS
 from modcompile.passes.outlined_form import is_group
+from modcompile.stages import stage
 
 _COND = torch.ops.higher_order.cond
 
@@ -65,6 +66,7 @@ class Composer:
     _calls: dict[tuple[Any, ...], _Calls] = field(default_factory=dict)
     _tensors: dict[int, ir.Value] = field(default_factory=dict)
 
+    @stage("composing")
     def compose(self, gm: fx.GraphModule, inputs: Sequence[Operand]) -> tuple[list[ir.Node], list[Operand]]:
         """The nodes of `gm` on `inputs`, and what it returns."""
         composed = self._compose(gm, inputs, "")

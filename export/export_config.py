@@ -11,7 +11,7 @@ class ExportConfig:
     """How a folder is exported.
 
     Raises:
-        ConfigError: the target is unknown, or the threshold negative, infinite or not a number.
+        ConfigError: the target or the verification is unknown, or the threshold negative, infinite or not a number.
     """
 
     target: Literal["ort", "onnx"] = field(
@@ -33,6 +33,15 @@ class ExportConfig:
         },
     )
 
+    verify: Literal["full", "none"] = field(
+        default="full",
+        metadata={
+            "help": "full: run the model in PyTorch and in ONNX Runtime, and write it only if both agree. none: write "
+            "it unproved, which takes a fraction of the time."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check_choice("verify", self.verify, ("full", "none"))
         check_choice("target", self.target, ("ort", "onnx"))
         check_threshold(self.hard_threshold)

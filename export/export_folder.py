@@ -23,13 +23,14 @@ from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import load_exportable
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
-from modcompile.export.verification import Verification
+from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
 from modcompile.quantized_folder import QUANTIZATION_CONFIG
 from modcompile.sampling import load_generation_config
+from modcompile.stages import stage
 
 VERIFICATION = "verification.json"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
@@ -49,14 +50,17 @@ class ExportResult:
     seconds: dict[str, float]
 
     def summary(self) -> str:
-        """Three lines for a person."""
+        """Three lines for a person; two if nothing was verified."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
+        wrote = f"wrote {self.output} ({stages})"
+        if proved.skipped:
+            return f"{wrote}\n{NOT_VERIFIED}; to have it compared, export with --verify full"
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
         return (
-            f"wrote {self.output} ({stages})\n"
+            f"{wrote}\n"
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
             "equal, every branch of every If was seen\n"
@@ -68,7 +72,8 @@ class ExportResult:
 def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
     """Export the routed or quantized folder `source` to `output`.
 
-    `output` appears only once the artifact is verified. If it is not, `output` holds nothing but `verification.json`.
+    `output` appears only once the artifact is verified, unless `config` wants it unproved. If it differs from PyTorch,
+    `output` holds nothing but `verification.json`.
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
@@ -83,7 +88,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         model = load_exportable(source, config)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
         generation = load_generation_config(source, model.config)
-        subject, cases = model.verification(_texts(model.config, tokenizer))
+        proof = model.verification(_texts(model.config, tokenizer)) if config.verify == "full" else None
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         with _timed("lowering to ONNX", seconds):
             max_positions = model.max_positions if config.target == "ort" else None
@@ -95,13 +100,17 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
-        with _timed("verifying", seconds):
-            verification = verify_model(subject, staging, cases)
-        if not verification.passed:
+        if proof is None:
+            verification = Verification(skipped=True, versions=versions())
+        else:
+            subject, cases = proof
+            with _timed("verifying", seconds):
+                verification = verify_model(subject, staging, cases)
+        if verification.failures:
             for file in list(staging.iterdir()):
                 file.unlink()
         write_json(staging / VERIFICATION, verification.as_json())
-    if not verification.passed:
+    if verification.failures:
         raise VerificationError(
             f"the exported model does not compute what PyTorch does: {'; '.join(verification.failures)} "
             f"(no model was left; details in {output / VERIFICATION})"
@@ -124,8 +133,8 @@ def _texts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) 
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = perf_counter()
-    with show_elapsed(stage):
+    with stage(name), show_elapsed(name):
         yield
-    seconds[stage] = round(perf_counter() - start, 2)
+    seconds[name] = round(perf_counter() - start, 2)

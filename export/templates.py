@@ -19,6 +19,7 @@ from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.export.translate_modules import Specimen, translate_modules
+from modcompile.stages import stage
 
 DOMAIN = "modcompile"
 
@@ -37,6 +38,7 @@ class Template:
     constants: tuple[ir.Value, ...]
 
 
+@stage("optimizing templates")
 def export_templates(specimens: Sequence[Specimen]) -> list[Template]:
     """A function for each module, called by its name; every dimension that differs between two examples stays free."""
     templates = []

@@ -18,6 +18,7 @@ from torch import nn
 from modcompile.export import attention_translation, norm_translation, quantized_translation
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.stages import stage
 
 OPSET = 23
 
@@ -61,14 +62,14 @@ def translate_modules(specimens: Sequence[Specimen]) -> list[Translation]:
         tuple(torch.empty_like(get_attribute(item.module, name)) for name in own)
         for item, own in zip(specimens, names, strict=True)
     )
-    shapes = (
+    shapes: tuple[Any, ...] = (
         tuple(tuple(_dynamic_shape(*example) for example in item.inputs) for item in specimens),
         tuple(tuple({} for _ in own) for own in names),
     )
-    with torch.no_grad():
+    with stage("tracing templates"), torch.no_grad():
         together = _SideBySide([item.module for item in specimens], names)
         ep = torch.export.export(together, (inputs, states), dynamic_shapes=shapes, strict=False)
-    with quiet_exporter():
+    with stage("translating templates"), quiet_exporter():
         program = torch.onnx.export(
             ep,
             dynamo=True,

@@ -26,6 +26,8 @@ class Embed(nn.Module):
 class Head(nn.Module):
     """Reads one tensor under two names, and another not at all."""
 
+    offset: torch.Tensor
+
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight, self.twin, self.unused = weight, weight, nn.Parameter(torch.ones(3))
