@@ -80,7 +80,16 @@ class ExportConfig:
         },
     )
 
+    verify: Literal["full", "none"] = field(
+        default="full",
+        metadata={
+            "help": "full: run the model in PyTorch and in ONNX Runtime, and write it only if both agree. none: write "
+            "it unproved, which takes a fraction of the time."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check_choice("verify", self.verify, ("full", "none"))
         check_choice("target", self.target, ("ort", "onnx"))
         check_threshold(self.hard_threshold)
         check_choice("weights", self.weights, ("fp32", *INTEGER_WEIGHTS))

@@ -25,13 +25,14 @@ from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import load_exportable
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
-from modcompile.export.verification import Verification
+from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
 from modcompile.quantized_folder import QUANTIZATION_CONFIG
 from modcompile.sampling import load_generation_config
+from modcompile.stages import stage
 
 VERIFICATION = "verification.json"
 _DATA_FILE = f"{MODEL_FILE}.data"
@@ -67,9 +68,12 @@ class ExportResult:
         }
 
     def summary(self) -> str:
-        """Three lines for a person, and one more where weights were rounded."""
+        """Three lines for a person, and one more where weights were rounded; two if nothing was verified."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
+        wrote = f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB"
+        if proved.skipped:
+            return f"{wrote}\n{NOT_VERIFIED}; to have it compared, export with --verify full"
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
@@ -81,7 +85,7 @@ class ExportResult:
                 f"{proved.perplexity_rounded['onnx']:.3f} as shipped, {proved.perplexity_unrounded:.3f} before rounding"
             )
         return (
-            f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB\n"
+            f"{wrote}\n"
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
             "equal, every branch of every If was seen\n"
@@ -93,7 +97,8 @@ class ExportResult:
 def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
     """Export the routed or quantized folder `source` to `output`.
 
-    `output` appears only once the artifact is verified. If it is not, `output` holds nothing but `verification.json`.
+    `output` appears only once the artifact is verified, unless `config` wants it unproved. If it differs from PyTorch,
+    `output` holds nothing but `verification.json`.
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
@@ -119,13 +124,16 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
-        with _timed("verifying", seconds):
-            verification = verify_model(model.subject, staging, model.cases)
-        if not verification.passed:
+        if model.proof is None:
+            verification = Verification(skipped=True, versions=versions())
+        else:
+            with _timed("verifying", seconds):
+                verification = verify_model(model.proof.subject, staging, model.proof.cases)
+        if verification.failures:
             for file in list(staging.iterdir()):
                 file.unlink()
         write_json(staging / VERIFICATION, verification.as_json())
-    if not verification.passed:
+    if verification.failures:
         raise VerificationError(
             f"the exported model does not compute what PyTorch does: {'; '.join(verification.failures)} "
             f"(no model was left; details in {output / VERIFICATION})"
@@ -150,8 +158,8 @@ def _texts(source: Path, config: PretrainedConfig) -> Sequence[Sequence[int]]:
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = perf_counter()
-    with show_elapsed(stage):
+    with stage(name), show_elapsed(name):
         yield
-    seconds[stage] = round(perf_counter() - start, 2)
+    seconds[name] = round(perf_counter() - start, 2)

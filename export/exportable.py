@@ -30,15 +30,22 @@ _MAX_POSITIONS = 32768  # of a model that sets itself no limit
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What `verify_model` takes."""
+
+    subject: Subject
+    cases: list[Case]
+
+
+@dataclass(frozen=True)
 class Exportable:
     """A loaded folder, its weights rounded as it is to be exported."""
 
     graph: MakeGraph
     """What is lowered to ONNX."""
-    subject: Subject
-    cases: list[Case]
-    """With the subject, what `verify_model` takes."""
     config: PretrainedConfig
+    proof: Proof | None
+    """None where nothing is to be verified."""
 
     @property
     def max_positions(self) -> int:
@@ -61,16 +68,20 @@ def load_exportable(source: Path, config: ExportConfig, texts_of: Callable[[Pret
 def _of_gates(
     model: RoutedForCausalLM, config: ExportConfig, texts_of: Callable[[PretrainedConfig], Rows]
 ) -> Exportable:
-    texts, thresholds = texts_of(model.config), model.hard_thresholds
+    is_proved, thresholds = config.verify == "full", model.hard_thresholds
     assert thresholds is not None
-    graph, subject = model.hard_graph, DepthSubject(model)
+    texts = texts_of(model.config) if is_proved else []
+    graph, perplexity = model.hard_graph, None
     if config.rounding is not None:
         rows = perplexity_rows(model.config, texts)
-        before = _perplexity(model, rows)
+        before = _perplexity(model, rows) if is_proved else None
         weights = round_weights(model.hard_graph(), rounding=config.rounding)
         graph, rounded = _on_codes(graph, graph, weights, config.rounding)
-        subject = DepthSubject(model, ShippedPerplexity(rows, rounded, before))
-    return Exportable(graph, subject, verification_cases(model, texts, thresholds), model.config)
+        perplexity = ShippedPerplexity(rows, rounded, before)
+    if not is_proved:
+        return Exportable(graph, model.config, None)
+    subject, cases = DepthSubject(model, perplexity), verification_cases(model, texts, thresholds)
+    return Exportable(graph, model.config, Proof(subject, cases))
 
 
 def _of_precisions(
@@ -78,18 +89,21 @@ def _of_precisions(
 ) -> Exportable:
     if model.depth_routers:
         model.set_hard_threshold(config.hard_threshold)
-    texts = texts_of(model.config)
+    is_proved = config.verify == "full"
+    texts = texts_of(model.config) if is_proved else []
     rows = perplexity_rows(model.config, texts)
     graph, rounded, before = model.export_graph, model.rounded_graph, None
     if config.rounding is not None:
-        before = _perplexity(model, rows)
+        before = _perplexity(model, rows) if is_proved else None
         whole = graph()
         # Blocks have their precisions, of which 16 bits are the original weights.
         ends = [whole.get_submodule(name) for name in ("prologue", "epilogue")]
         weights = round_weights(*ends, rounding=config.rounding)
         graph, rounded = _on_codes(graph, rounded, weights, config.rounding)
+    if not is_proved:
+        return Exportable(graph, model.config, None)
     subject = PrecisionSubject(model, ShippedPerplexity(rows, rounded, before), config.hard_threshold)
-    return Exportable(graph, subject, precision_cases(model, texts, config.hard_threshold), model.config)
+    return Exportable(graph, model.config, Proof(subject, precision_cases(model, texts, config.hard_threshold)))
 
 
 def _on_codes(
