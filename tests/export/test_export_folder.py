@@ -149,9 +149,12 @@ def test_writes_integer_weights_and_tells_what_they_lost(
     assert report["bytes"] == result.num_bytes
     assert result.num_bytes == sum((result.output / name).stat().st_size for name in (MODEL_FILE, f"{MODEL_FILE}.data"))
     tensors = onnx.load(result.output / MODEL_FILE).graph.initializer
-    rounded = [tensor for tensor in tensors if tensor.name.endswith("_packed")]
-    weights = sum(parameter.numel() for parameter in tiny_base().parameters() if parameter.dim() == 2)
-    assert sum(len(tensor.raw_data) for tensor in rounded) == weights / 2
+    codes = [tensor for tensor in tensors if tensor.data_type == onnx.TensorProto.UINT8 and len(tensor.dims) == 3]
+    weights = {name: parameter.numel() for name, parameter in tiny_base().named_parameters() if parameter.dim() == 2}
+    # A layer that may be skipped has those of its keys and values once more, packed without the queries.
+    twice = sum(count for name, count in weights.items() if "k_proj" in name or "v_proj" in name)
+    once = sum(weights.values())
+    assert once / 2 <= sum(len(tensor.raw_data) for tensor in codes) <= (once + twice) / 2
     *_, last = result.summary().splitlines()
     assert proved.perplexity_unrounded is not None
     assert last == (
