@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from benchmarks.peers.case import Case
 from benchmarks.peers.notes import notes, processor
 from benchmarks.peers.participants import make_participants
-from benchmarks.peers.rounds import measure_rounds
+from benchmarks.peers.rounds import failures, measure_rounds
 from benchmarks.peers.source import Source, make_source
 from benchmarks.peers.timed_worker import Workload
 
@@ -22,16 +22,21 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """What `report` and `plot` show, as JSON holds it. Models are written into `work`.
 
     Raises:
-        RuntimeError: a command or worker fails, or no case is left.
+        RuntimeError: a command or a worker of ours fails, or no case is left; a peer that fails is left out.
     """
     machine = {"processor": processor(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
     work.mkdir(parents=True, exist_ok=True)
     source = make_source(args.model, work)
     everyone = make_participants(source, work, Path(args.peers))
     cases = [case for case in (*everyone.ours, *everyone.peers) if args.only is None or args.only in case.name]
-    if not cases:
-        raise RuntimeError(f"no case has {args.only!r} in its name")
     workload = _workload(args, source)
+    failed = failures(cases, workload)
+    for case in everyone.ours:
+        if case.name in failed:
+            raise RuntimeError(failed[case.name])
+    cases = [case for case in cases if case.name not in failed]
+    if not cases:
+        raise RuntimeError(f"no case that can run has {args.only or ''!r} in its name")
     rounds = measure_rounds(cases, workload, args.rounds)
     windows = source.windows(args.windows, _WINDOW)
     scored = [case for case in cases if case.scored] if windows else []
@@ -49,7 +54,10 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "models": everyone.models,
         "rounds": rounds,
         "perplexity": {case.name: _perplexity(case, windows, args.threads) for case in scored},
-        "notes": notes(args, machine, everyone.versions, everyone.left_out, len(workload.context)),
+        "notes": [
+            *(f"{name} is left out, as it fails: {reason}." for name, reason in failed.items()),
+            *notes(args, machine, everyone.versions, everyone.left_out, len(workload.context)),
+        ],
     }
 
 

@@ -34,10 +34,10 @@ def report(result: dict[str, Any]) -> str:
 
 def _ratios(rounds: Rounds, figure: str, title: str, peers: Sequence[str]) -> list[str]:
     against = {peer: ratios_to(rounds, figure, peer) for peer in peers if figure in rounds[peer][0]}
-    if not against:
+    names = [name for name in rounds if name not in peers and figure in rounds[name][0]]
+    if not against or not names:
         return []
     heading = {peer: f"against {peer}" for peer in against}
-    names = [name for name in rounds if name not in peers and figure in rounds[name][0]]
     return ["", f"{title[0].upper()}{title[1:]}, as a multiple:", "", *_table(heading, against, names, _multiple)]
 
 

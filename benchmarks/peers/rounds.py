@@ -11,18 +11,27 @@ Rounds = dict[str, list[dict[str, float]]]
 """What `timed_worker.measure` found, by the name of the case, one a round."""
 
 
+def failures(cases: Sequence[Case], work: Workload) -> dict[str, str]:
+    """Run each case for a token or two; returns why, of those that can't run, by their names.
+
+    It also has every file read from the disk before the first round.
+    """
+    short = replace(work, prompt=work.prompt[:2], long_prompt=work.prompt[:2], new_tokens=1, context=[], repeats=1)
+    found = {}
+    for case in cases:
+        try:
+            case.measure(short)
+        except RuntimeError as error:
+            found[case.name] = str(error)
+    return found
+
+
 def measure_rounds(cases: Sequence[Case], work: Workload, rounds: int) -> Rounds:
     """Every case once a round, each time in a fresh process, in an order that is turned round in every other round.
-
-    Each runs once before, for two tokens: one that can't run is found at once, and no file is read from the disk in
-    the first round alone.
 
     Raises:
         RuntimeError: a worker fails.
     """
-    short = replace(work, prompt=work.prompt[:2], long_prompt=work.prompt[:2], new_tokens=1, context=[], repeats=1)
-    for case in cases:
-        case.measure(short)
     found: Rounds = {case.name: [] for case in cases}
     for number in range(rounds):
         for case in cases[:: -1 if number % 2 else 1]:

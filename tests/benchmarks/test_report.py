@@ -51,6 +51,11 @@ def test_report_of_random_weights_has_no_perplexity(result: dict[str, Any]) -> N
     assert "perplexity" not in report(result | {"perplexity": {}})
 
 
+def test_report_of_peers_alone_has_no_ratios(result: dict[str, Any]) -> None:
+    text = report(result | {"rounds": {"a peer": [NO_CONTEXT]}})
+    assert _rows(text, "a peer") and "as a multiple" not in text
+
+
 def test_plot_is_a_picture(result: dict[str, Any], tmp_path: Path) -> None:
     plot(result, tmp_path / "plot.png")
     assert matplotlib.image.imread(tmp_path / "plot.png").shape[2] == 4
