@@ -48,6 +48,7 @@ _GROUPED: dict[str, Any] = _SIZES | {
 
 def wide_config(architecture: str) -> PretrainedConfig:
     """Of a few thousand parameters."""
+    shape: dict[str, Any]
     match architecture:
         case "llama":
             return LlamaConfig(**_GROUPED)

@@ -47,7 +47,7 @@ class _Gather(nn.Module):
 
 def _inputs(batch: int, tokens: int, past: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(batch)
-    sizes = [(batch, tokens, heads * _SIZE) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
+    sizes: list[tuple[int, ...]] = [(batch, tokens, heads * _SIZE) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
     sizes += [(batch, _KV_HEADS, past, _SIZE)] * 2
     tables = (torch.randn(_POSITIONS, _SIZE // 2, generator=torch.Generator().manual_seed(0)) for _ in range(2))
     lengths = torch.full((batch,), past + tokens - 1, dtype=torch.int32)
