@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -25,6 +25,7 @@ from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
 from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_grouped
+from tests.wide_models import wide_model
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 CONFIGS = {"config.json", "generation_config.json", "genai_config.json"}
@@ -135,6 +136,22 @@ def test_generates_with_shared_gates_what_pytorch_does(grouped: ExportResult) ->
         assert generation.usage.active_ratio_per_layer == model.active_ratio_per_layer
 
 
+@pytest.mark.parametrize(("target", "in_place"), [("ort", True), ("onnx", False)])
+def test_proves_an_export_for_either_target(
+    target: Literal["ort", "onnx"], in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that ONNX Runtime has operators for; prompts are padded on either side in these proofs."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    model = build_routed(wide_model("llama"), RouterConfig(router_hidden_size=8))
+    write_routed_folder(model, None, tmp_path / "routed")
+    result = export_folder(tmp_path / "routed", tmp_path / "onnx", ExportConfig(target=target))
+    assert result.verification.passed
+    assert not result.verification.never_seen
+    assert RoutedSession(tmp_path / "onnx" / MODEL_FILE).model.in_place == in_place
+    domains = {node.domain for node in onnx.load(tmp_path / "onnx" / MODEL_FILE, load_external_data=False).opset_import}
+    assert domains == ({"", "com.microsoft"} if in_place else {""})
+
+
 def test_writes_integer_weights_and_tells_what_they_lost(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +237,7 @@ def test_a_kill_leaves_what_was_there_and_the_next_export_cleans_up(
     script = """
 import os, signal, sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 import onnx_ir as ir
 from modcompile.export import export_folder as module
 from modcompile.export.export_config import ExportConfig

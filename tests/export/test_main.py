@@ -92,6 +92,12 @@ def test_a_value_that_is_no_threshold_is_status_2(
     assert not (folder / "onnx").exists()
 
 
+def test_a_target_that_is_unknown_is_status_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(folder, "--target", "tensorrt") == 2
+    assert capsys.readouterr().err.startswith("error: argument --target: invalid choice: 'tensorrt' ")
+    assert not (folder / "onnx").exists()
+
+
 def test_a_folder_of_somebody_else_is_status_2_and_untouched(folder: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -126,7 +132,7 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         main(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag in ("--hard_threshold", "--emit_routing", "--output_dir", "--overwrite_output_dir", "folder"):
+    for flag in ("--target", "--hard_threshold", "--emit_routing", "--output_dir", "--overwrite_output_dir", "folder"):
         assert flag in text
     assert "at run time. (default: 0.5)" in text
 
