@@ -20,7 +20,7 @@ from modcompile.durable_files import write_json
 from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
 from modcompile.export.export_config import ExportConfig
-from modcompile.export.exportable import load_exportable
+from modcompile.export.exportable import Exportable, load_exportable
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import NOT_VERIFIED, Verification, versions
@@ -69,11 +69,20 @@ class ExportResult:
         )
 
 
-def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
+def export_folder(
+    source: Path,
+    output: Path,
+    config: ExportConfig,
+    *,
+    overwrite: bool = False,
+    loaded: Exportable | None = None,
+) -> ExportResult:
     """Export the routed or quantized folder `source` to `output`.
 
     `output` appears only once the artifact is verified, unless `config` wants it unproved. If it differs from PyTorch,
     `output` holds nothing but `verification.json`.
+
+    Nothing is read that is in `loaded`, the model that `source` has just been written from.
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
@@ -85,7 +94,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
-        model = load_exportable(source, config)
+        model = loaded or load_exportable(source, config)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
         generation = load_generation_config(source, model.config)
         proof = model.verification(_texts(model.config, tokenizer)) if config.verify == "full" else None

@@ -15,6 +15,7 @@ from modcompile.export.precision_subject import PrecisionSubject
 from modcompile.export.subject import Subject
 from modcompile.export.verification_inputs import Case, verification_cases
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.modeling import RoutedForCausalLM
 from modcompile.precision_folder import holds_precisions
 
 Texts = Sequence[Sequence[int]]
@@ -47,7 +48,16 @@ def load_exportable(source: Path, config: ExportConfig) -> Exportable:
     """
     if holds_precisions(source):
         return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config.hard_threshold)
-    model = load_with_routers(source, config.hard_threshold)
+    return of_depth(load_with_routers(source), config)
+
+
+def of_depth(model: RoutedForCausalLM, config: ExportConfig) -> Exportable:
+    """The same of a model in float32 that is at hand; it is set to decide hard.
+
+    Raises:
+        ConfigError: the threshold is negative, infinite or not a number.
+    """
+    model.set_router_mode(config.hard_threshold)
     thresholds = model.hard_thresholds
     assert thresholds is not None
     return Exportable(
