@@ -21,7 +21,6 @@ from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
-from modcompile.export.exportable import of_depth
 from modcompile.flags import parse_flags
 from modcompile.rewriting import check_routed_target, write_rewritten
 from modcompile.stages import ProfileConfig, profiled
@@ -71,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_routers(output, output, blocks, DepthTraining(budget), training)
         if steps.export:
             # What has been trained is in the folder only, and what is exported is float32.
-            at_hand = blocks is None and model.dtype == torch.float32
-            loaded = of_depth(model, exporting) if at_hand else None
-            print(export_folder(output, output / "onnx", exporting, loaded=loaded).summary())
+            at_hand = model if blocks is None and model.dtype == torch.float32 else None
+            print(export_folder(output, output / "onnx", exporting, at_hand=at_hand).summary())
 
 
 if __name__ == "__main__":
