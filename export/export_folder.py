@@ -22,12 +22,13 @@ from modcompile.durable_files import write_json
 from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
 from modcompile.export.export_config import ExportConfig
-from modcompile.export.exportable import load_exportable
+from modcompile.export.exportable import load_exportable, of_gates
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
+from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
 from modcompile.quantized_folder import QUANTIZATION_CONFIG
@@ -94,11 +95,20 @@ class ExportResult:
         )
 
 
-def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
+def export_folder(
+    source: Path,
+    output: Path,
+    config: ExportConfig,
+    *,
+    overwrite: bool = False,
+    at_hand: RoutedForCausalLM | None = None,
+) -> ExportResult:
     """Export the routed or quantized folder `source` to `output`.
 
     `output` appears only once the artifact is verified, unless `config` wants it unproved. If it differs from PyTorch,
     `output` holds nothing but `verification.json`.
+
+    `at_hand`, in float32, is the model that `source` has just been written from, so that it need not be read again.
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
@@ -110,7 +120,8 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
-        model = load_exportable(source, config, partial(_texts, source))
+        texts = partial(_texts, source)
+        model = of_gates(at_hand, config, texts) if at_hand is not None else load_exportable(source, config, texts)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
         generation = load_generation_config(source, model.config)
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:

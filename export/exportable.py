@@ -62,12 +62,14 @@ def load_exportable(source: Path, config: ExportConfig, texts_of: Callable[[Pret
     """
     if holds_precisions(source):
         return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config, texts_of)
-    return _of_gates(load_with_routers(source, config.hard_threshold), config, texts_of)
+    return of_gates(load_with_routers(source), config, texts_of)
 
 
-def _of_gates(
+def of_gates(
     model: RoutedForCausalLM, config: ExportConfig, texts_of: Callable[[PretrainedConfig], Rows]
 ) -> Exportable:
+    """The same of a model in float32 that is at hand; it is made hard."""
+    model.set_router_mode(config.hard_threshold)
     is_proved, thresholds = config.verify == "full", model.hard_thresholds
     assert thresholds is not None
     texts = texts_of(model.config) if is_proved else []

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modcompile.config import check
-from modcompile.data import DataConfig, load_texts
+from modcompile.data import load_texts
+from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError, DataError
 
 _IGNORED = -100  # the label that transformers' losses leave out

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from modcompile.artifacts import update_report
@@ -16,15 +17,13 @@ from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
-from modcompile.data import DataConfig
-from modcompile.depth_training import DepthTraining
+from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
 from modcompile.flags import parse_flags
 from modcompile.rewriting import check_routed_target, write_rewritten
 from modcompile.stages import ProfileConfig, profiled
-from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
 
 
@@ -55,14 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(source)
         # Before the model, which takes longer: whether the data can be used.
         config = load_config(source, fetch_checkpoint(source))
-        blocks = load_training_blocks(data, tokenizer, config) if data.source else None
+        blocks = None
+        if data.source:
+            # Only here: it takes a second to import.
+            from modcompile.training import load_training_blocks
+
+            blocks = load_training_blocks(data, tokenizer, config)
         base = load_base(source)
         set_seed(training.seed)
-        write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
+        model = write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
         if blocks is not None:
+            from modcompile.depth_training import DepthTraining
+            from modcompile.training import train_routers
+
             train_routers(output, output, blocks, DepthTraining(budget), training)
         if steps.export:
-            print(export_folder(output, output / "onnx", exporting).summary())
+            # What has been trained is in the folder only, and what is exported is float32.
+            at_hand = model if blocks is None and model.dtype == torch.float32 else None
+            print(export_folder(output, output / "onnx", exporting, at_hand=at_hand).summary())
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def write_rewritten(
     output: Path,
     *,
     overwrite: bool,
-) -> None:
-    """Write the routed folder of a base model, with new routers, and say what it is.
+) -> RoutedForCausalLM:
+    """Write the routed folder of a base model, with new routers, say what it is, and return what was written.
 
     Raises:
         UnsupportedModelError: the model can't be routed.
@@ -67,6 +67,7 @@ def write_rewritten(
         f"wrote {output}, untrained: run hard it is the dense model, soft its logits differ by at most "
         f"{difference['soft']:.2g}"
     )
+    return model
 
 
 @stage("comparing with the dense model")

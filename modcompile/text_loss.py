@@ -3,12 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
 from modcompile.errors import DataError
+
+if TYPE_CHECKING:  # it takes half a second to import
+    from datasets import Dataset
 
 _IGNORED = -100  # as in the labels of `tokenize_and_pack`
 
@@ -29,7 +32,7 @@ class TextLoss:
             return math.inf
 
 
-def count_predicted_tokens(blocks: Dataset, vocab_size: int) -> int:
+def count_predicted_tokens(blocks: "Dataset", vocab_size: int) -> int:
     """How many tokens a model of `vocab_size` tokens has to predict.
 
     Raises:
@@ -48,7 +51,7 @@ def count_predicted_tokens(blocks: Dataset, vocab_size: int) -> int:
     return count
 
 
-def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def batches(blocks: "Dataset", batch_size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """The columns of `blocks`, `[B, T]`, without the positions that are padding in all B sequences."""
     for batch in blocks.with_format("torch").iter(batch_size):
         width = int(batch["attention_mask"].sum(1).max())  # padding is on the right

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
-from modcompile.data import DataConfig
+from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import named_flags, parse_flags
 from modcompile.precision_config import PrecisionBudgetConfig, RoundingConfig

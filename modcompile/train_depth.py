@@ -10,7 +10,7 @@ from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.config import BudgetConfig, RouterConfig
-from modcompile.data import DataConfig
+from modcompile.data_config import DataConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.errors import ConfigError
 from modcompile.rewriting import check_routed_target, check_trainable, write_rewritten

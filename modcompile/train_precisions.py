@@ -11,7 +11,7 @@ from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.config import BudgetConfig, RouterConfig, check_choice
-from modcompile.data import DataConfig
+from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.precision_config import (
     PrecisionBudgetConfig,

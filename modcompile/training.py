@@ -9,7 +9,7 @@ from datasets import DatasetDict
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from modcompile.artifacts import update_report
-from modcompile.data import DataConfig
+from modcompile.data_config import DataConfig
 from modcompile.disk_errors import output_errors
 from modcompile.errors import DataError
 from modcompile.packing import load_blocks

@@ -5,13 +5,15 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
+from modcompile.artifacts import load_with_routers
 from modcompile.config import RouterConfig
 from modcompile.errors import ArtifactError, UnsupportedModelError
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.export_config import ExportConfig
-from modcompile.export.exportable import load_exportable
+from modcompile.export.exportable import load_exportable, of_gates
 from modcompile.export.precision_subject import PrecisionSubject
 from modcompile.export.verification_inputs import NUM_TEXTS
+from modcompile.passes.code_key import code_key
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
 from tests.tiny_quantized import BITS, save_deciding_routers
 
@@ -31,6 +33,20 @@ def test_a_routed_folder_is_gated_at_the_threshold(routed_folder: Path) -> None:
     assert isinstance(subject, DepthSubject)
     assert cases[0].thresholds == pytest.approx((0.3, 0.3))
     assert subject.branches == {0: ("skipped", "executed"), 2: ("skipped", "executed")}
+
+
+def test_a_model_at_hand_is_exported_as_one_that_was_read(routed_folder: Path) -> None:
+    config = ExportConfig(hard_threshold=0.3)
+    read = load_exportable(routed_folder, config, texts)
+    at_hand = of_gates(load_with_routers(routed_folder, None), config, texts)
+    graph, expected = at_hand.graph(), read.graph()
+    assert code_key(graph) == code_key(expected)
+    assert graph.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(graph.state_dict()[name], tensor)
+    assert at_hand.max_positions == read.max_positions
+    assert at_hand.proof is not None and read.proof is not None
+    assert at_hand.proof.cases == read.proof.cases
 
 
 @pytest.mark.parametrize("depth", [None, RouterConfig(router_hidden_size=8, router_pattern="every_other")])

@@ -4,47 +4,16 @@ from typing import Any
 
 import datasets
 import pytest
-from transformers import HfArgumentParser
-from transformers.hf_argparser import DataClassType
 
 from modcompile.corpus import builtin_documents
-from modcompile.data import DataConfig, load_texts
+from modcompile.data import load_texts
+from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError, DataError
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dataset_name": "builtin", "train_file": "a.txt"}, "exclude each other"),
-        ({"dataset_config_name": "raw", "train_file": "a.txt"}, "--dataset_config_name needs --dataset_name"),
-        ({"dataset_name": "builtin", "dataset_config_name": "raw"}, "no configurations"),
-        ({"validation_file": "a.txt"}, "--validation_file needs --train_file"),
-        ({"dataset_name": "builtin", "validation_file": "a.txt"}, "--validation_file needs --train_file"),
-        ({"sequence_length": 1}, "--sequence_length is 1"),
-        ({"validation_split_percentage": 0.0}, "--validation_split_percentage is 0"),
-        ({"validation_split_percentage": 100.0}, "--validation_split_percentage is 100"),
-        ({"validation_split_percentage": float("nan")}, "--validation_split_percentage is nan"),
-        ({"max_train_samples": 0}, "--max_train_samples is 0"),
-        ({"max_eval_samples": -1}, "--max_eval_samples is -1"),
-    ],
-)
-def test_rejects_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        DataConfig(**options)
-
-
-def test_every_field_is_a_flag_with_help() -> None:
-    parser = HfArgumentParser(DataClassType(DataConfig))
-    (config,) = parser.parse_args_into_dataclasses(
-        ["--train_file", "a.txt", "--validation_file", "b.txt", "--sequence_length", "64", "--max_eval_samples", "3"]
-    )
-    assert config == DataConfig(train_file="a.txt", validation_file="b.txt", sequence_length=64, max_eval_samples=3)
-    assert all(action.help for action in parser._actions)
 
 
 def test_no_data_named() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from modcompile.corpus import builtin_documents
-from modcompile.data import DataConfig
+from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError, DataError
 from modcompile.packing import load_blocks, tokenize_and_pack
 from tests.tiny_tokenizer import make_tokenizer

@@ -5,7 +5,7 @@ import pytest
 
 from modcompile.artifacts import read_router_config
 from modcompile.config import BudgetConfig, RouterConfig
-from modcompile.data import DataConfig
+from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError, DataError, OutputError
 from modcompile.train_depth import train_depth
 from modcompile.training_arguments import RouterTrainingArguments

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from modcompile.artifacts import load_with_routers, read_report, update_report
 from modcompile.config import BudgetConfig
-from modcompile.data import DataConfig
+from modcompile.data_config import DataConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
 from modcompile.training import load_training_blocks, train_routers
