@@ -11,7 +11,7 @@ class ExportConfig:
     """How a folder is exported.
 
     Raises:
-        ConfigError: the target is unknown, or the threshold negative, infinite or not a number.
+        ConfigError: the target or the folding is unknown, or the threshold negative, infinite or not a number.
     """
 
     target: Literal["ort", "onnx"] = field(
@@ -32,7 +32,24 @@ class ExportConfig:
             "(int64, the bits of each token) where layers choose precisions."
         },
     )
+    fold_gates: Literal["auto", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: gates that are always open or always closed on some text are decided once and for all, and "
+            "so are those that skip too rarely to pay for their router and If on this machine, decoding one row (their "
+            "layers are then always executed). none: every gate keeps its If. Of routed folders."
+        },
+    )
+    always_active: str | None = field(
+        default=None,
+        metadata={"help": "Layers, such as 0-3,7, to execute always, without their gates. Of routed folders."},
+    )
+    always_skipped: str | None = field(
+        default=None,
+        metadata={"help": "Layers to skip always, of which only what makes keys and values is kept."},
+    )
 
     def __post_init__(self) -> None:
         check_choice("target", self.target, ("ort", "onnx"))
+        check_choice("fold_gates", self.fold_gates, ("auto", "none"))
         check_threshold(self.hard_threshold)

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 
 import onnx_ir as ir
+from torch import fx
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import base_files, update_report
@@ -19,8 +20,10 @@ from modcompile.corpus import builtin_documents
 from modcompile.durable_files import write_json
 from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
+from modcompile.export.decide_folding import DecidedFolding, decide_folding
 from modcompile.export.export_config import ExportConfig
-from modcompile.export.exportable import load_exportable
+from modcompile.export.exportable import load_exportable, of_gates
+from modcompile.export.folding import asked_folding
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import Verification
@@ -47,16 +50,19 @@ class ExportResult:
     output: Path
     verification: Verification
     seconds: dict[str, float]
+    folding: DecidedFolding | None
+    """None for models without gates that can be folded."""
 
     def summary(self) -> str:
-        """Three lines for a person."""
+        """Three lines for a person, or four with gates."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
+        gates = f"{self.folding.summary()}\n" if self.folding else ""
         return (
-            f"wrote {self.output} ({stages})\n"
+            f"wrote {self.output} ({stages})\n{gates}"
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
             "equal, every branch of every If was seen\n"
@@ -72,6 +78,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
+        ConfigError: `config` folds layers that have no gates.
         VerificationError: ONNX Runtime does not compute what PyTorch does, or no input can show that it does.
         OutputError: `output` can't be written, is not ours to replace, or is or holds `source`.
     """
@@ -83,11 +90,25 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         model = load_exportable(source, config)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
         generation = load_generation_config(source, model.config)
-        subject, cases = model.verification(_texts(model.config, tokenizer))
+        texts = _texts(model.config, tokenizer)
+        max_positions = model.max_positions if config.target == "ort" else None
+
+    def build(graph: fx.GraphModule) -> ir.Model:
+        return build_model(graph, emit_routing=config.emit_routing, max_positions=max_positions)
+
+    folding = None
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
+        if model.routed is not None:
+            gates = model.routed.gated_layers
+            asked = asked_folding(config.always_active, config.always_skipped, gates)
+            folding = DecidedFolding(gates, asked)
+            if config.fold_gates == "auto":
+                with _timed("folding gates", seconds):
+                    folding = decide_folding(model.routed, asked, texts, build, staging)
+            model = of_gates(model.routed, folding.folding)
         with _timed("lowering to ONNX", seconds):
-            max_positions = model.max_positions if config.target == "ort" else None
-            onnx_model = build_model(model.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
+            onnx_model = build(model.graph())
+            onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
             write_genai_config(staging, onnx_model, model.config, generation, tokenizer)
@@ -96,6 +117,7 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
         with _timed("verifying", seconds):
+            subject, cases = model.verification(texts)
             verification = verify_model(subject, staging, cases)
         if not verification.passed:
             for file in list(staging.iterdir()):
@@ -106,8 +128,9 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
             f"the exported model does not compute what PyTorch does: {'; '.join(verification.failures)} "
             f"(no model was left; details in {output / VERIFICATION})"
         )
-    result = ExportResult(output, verification, seconds)
-    update_report(source, "export", {"output": str(output), "seconds": seconds, **verification.as_json()})
+    result = ExportResult(output, verification, seconds, folding)
+    told = {"folding": folding.as_json()} if folding else {}
+    update_report(source, "export", {"output": str(output), "seconds": seconds, **told, **verification.as_json()})
     return result
 
 

@@ -8,13 +8,16 @@ from torch import fx
 from transformers import PretrainedConfig
 
 from modcompile.artifacts import load_with_routers
+from modcompile.errors import ConfigError
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.export_config import ExportConfig
+from modcompile.export.folding import UNFOLDED, Folding
 from modcompile.export.precision_cases import precision_cases
 from modcompile.export.precision_subject import PrecisionSubject
 from modcompile.export.subject import Subject
 from modcompile.export.verification_inputs import Case, verification_cases
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.modeling import RoutedForCausalLM
 from modcompile.precision_folder import holds_precisions
 
 Texts = Sequence[Sequence[int]]
@@ -31,6 +34,8 @@ class Exportable:
     """What is lowered to ONNX."""
     verification: Callable[[Texts], tuple[Subject, list[Case]]]
     """From 8 rows of token ids to what `verify_model` takes."""
+    routed: RoutedForCausalLM | None = None
+    """What has gates that can be folded, hard."""
 
     @property
     def max_positions(self) -> int:
@@ -43,17 +48,28 @@ def load_exportable(source: Path, config: ExportConfig) -> Exportable:
 
     Raises:
         ArtifactError, CheckpointError: it can't be read.
-        ConfigError: the threshold is negative, infinite or not a number.
+        ConfigError: the threshold is negative, infinite or not a number, or layers of a quantized folder are to be
+            folded.
     """
     if holds_precisions(source):
+        if config.always_active is not None or config.always_skipped is not None:
+            raise ConfigError(
+                f"--always_active and --always_skipped fold the gates of routed folders, and {source} is quantized; "
+                "leave them out"
+            )
         return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config.hard_threshold)
-    model = load_with_routers(source, config.hard_threshold)
+    return of_gates(load_with_routers(source, config.hard_threshold), UNFOLDED)
+
+
+def of_gates(model: RoutedForCausalLM, folding: Folding) -> Exportable:
+    """A hard model, to be exported at its thresholds and with some of its gates folded."""
     thresholds = model.hard_thresholds
     assert thresholds is not None
     return Exportable(
         model.config,
-        model.hard_graph,
-        lambda texts: (DepthSubject(model), verification_cases(model, texts, thresholds)),
+        lambda: folding.graph(model),
+        lambda texts: (DepthSubject(model, folding), verification_cases(model, texts, thresholds, folding)),
+        model,
     )
 
 
