@@ -39,7 +39,7 @@ def exported(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPa
     """An export of an untrained model, whose gates are all equal, from beginning to end."""
     folder = tmp_path_factory.mktemp("untrained") / "routed"
     write_routed_folder(build_routed(tiny_base(), RouterConfig(router_hidden_size=8)), tokenizer, folder)
-    return export_folder(folder, folder / "onnx", ExportConfig(hard_threshold=0.4))
+    return export_folder(folder, folder / "onnx", ExportConfig(hard_threshold=0.4, fold_gates="none"))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def grouped(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
     write_routed_folder(tiny_grouped("straight_through"), tokenizer, folder)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(verification_inputs, "NUM_DECODE_STEPS", 2)  # that saves time
-        return export_folder(folder, folder / "onnx", ExportConfig(emit_routing=True))
+        return export_folder(folder, folder / "onnx", ExportConfig(emit_routing=True, fold_gates="none"))
 
 
 def test_proves_gates_that_layers_share_and_counts_each_layer(grouped: ExportResult) -> None:
@@ -140,7 +140,7 @@ def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch
     earlier.mkdir()
     (earlier / "verification.json").write_text("{}", encoding="utf-8")
     (earlier / "of_old").touch()
-    result = export_folder(folder, earlier, ExportConfig())
+    result = export_folder(folder, earlier, ExportConfig(fold_gates="none"))
     assert result.verification.passed
     assert names(earlier) == FILES
 
@@ -156,7 +156,7 @@ def test_leaves_no_model_that_was_not_verified(
         bounds.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
         expected = r"does not compute what PyTorch does: logits differ by \S+, more than -1 .*\(no model was left; "
         with pytest.raises(VerificationError, match=expected):
-            export_folder(folder, output, ExportConfig())
+            export_folder(folder, output, ExportConfig(fold_gates="none"))
     assert names(output) == {"verification.json"}
     assert stored(output)["passed"] is False
     (failure,) = stored(output)["failures"]
@@ -180,7 +180,7 @@ from modcompile.export.export_config import ExportConfig
 
 module.build_model = lambda *_, **__: ir.load(sys.argv[2])  # what it would build
 module.verify_model = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-module.export_folder(Path(sys.argv[1]), Path(sys.argv[1]) / "onnx", ExportConfig())
+module.export_folder(Path(sys.argv[1]), Path(sys.argv[1]) / "onnx", ExportConfig(fold_gates="none"))
 """
     command = [sys.executable, "-c", script, str(folder), str(onnx_folder / MODEL_FILE)]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -190,7 +190,7 @@ module.export_folder(Path(sys.argv[1]), Path(sys.argv[1]) / "onnx", ExportConfig
     assert (partial / MODEL_FILE).is_file()
 
     use_prebuilt(onnx_folder, monkeypatch)
-    export_folder(folder, output, ExportConfig())
+    export_folder(folder, output, ExportConfig(fold_gates="none"))
     assert names(output) == FILES
     assert not partial.exists()
 
@@ -201,7 +201,7 @@ def test_a_folder_without_a_tokenizer_is_verified_on_random_tokens(
     use_prebuilt(onnx_folder, monkeypatch)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    result = export_folder(folder, folder / "onnx", ExportConfig())
+    result = export_folder(folder, folder / "onnx", ExportConfig(fold_gates="none"))
     assert result.verification.passed
     assert names(folder / "onnx") == FILES - TOKENIZER - {"genai_config.json"}
 
@@ -211,7 +211,7 @@ def test_refuses_a_folder_of_somebody_else(folder: Path) -> None:
     foreign.mkdir()
     (foreign / "diary.txt").write_text("dear diary", encoding="utf-8")
     with pytest.raises(OutputError, match="exists and was not made by modcompile"):
-        export_folder(folder, foreign, ExportConfig())
+        export_folder(folder, foreign, ExportConfig(fold_gates="none"))
     assert names(foreign) == {"diary.txt"}
 
 
@@ -225,7 +225,7 @@ def test_never_replaces_the_routed_folder_or_what_holds_it(folder: Path, up: int
 
 def test_a_folder_that_is_not_routed_gets_no_output(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a folder"):
-        export_folder(tmp_path / "nothing", tmp_path / "onnx", ExportConfig())
+        export_folder(tmp_path / "nothing", tmp_path / "onnx", ExportConfig(fold_gates="none"))
     assert not list(tmp_path.iterdir())
 
 
@@ -257,7 +257,7 @@ def test_sums_up_average_bits(
     choosing_folder: Path, precision_onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_prebuilt(precision_onnx_folder, monkeypatch)
-    result = export_folder(choosing_folder, choosing_folder / "onnx", ExportConfig(emit_routing=True))
+    result = export_folder(choosing_folder, choosing_folder / "onnx", ExportConfig(emit_routing=True, fold_gates="none"))
     proved = result.verification
     assert re.search(r"in ONNX Runtime, \d+\.\d\d bits on average$", result.summary())
     assert proved.average_bits == stored(precision_onnx_folder)["average_bits"]
@@ -270,7 +270,7 @@ def test_leaves_no_model_of_precisions_that_was_not_verified(
     output = choosing_folder / "onnx"
     monkeypatch.setattr(verification, "MAX_PERPLEXITY_CHANGE", -1.0)
     with pytest.raises(VerificationError, match=r"does not compute what PyTorch does: the perplexity differs by "):
-        export_folder(choosing_folder, output, ExportConfig(emit_routing=True))
+        export_folder(choosing_folder, output, ExportConfig(emit_routing=True, fold_gates="none"))
     assert names(output) == {"verification.json"}
     assert stored(output)["passed"] is False
     assert "export" not in read_report(choosing_folder)
@@ -280,6 +280,6 @@ def test_refuses_a_folder_of_look_up_tables(tmp_path: Path) -> None:
     write_any_precision(tiny_any_precision(), tmp_path / "tables")
     expected = r"is looked up in tables, which PyTorch alone serves; to export, quantize the original with modcompile"
     with pytest.raises(UnsupportedModelError, match=expected) as caught:
-        export_folder(tmp_path / "tables", tmp_path / "onnx", ExportConfig())
+        export_folder(tmp_path / "tables", tmp_path / "onnx", ExportConfig(fold_gates="none"))
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == {"tables"}
