@@ -8,9 +8,9 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import fx
 
 from modcompile.export.break_even import BreakEven, measure_break_even
+from modcompile.export.exportable import Exportable, Foldable
 from modcompile.export.folding import Folding
 from modcompile.export.session import MODEL_FILE
 from modcompile.layer_ranges import name_of
@@ -19,7 +19,7 @@ from modcompile.modeling import RoutedForCausalLM
 _CALIBRATION_TOKENS = 128  # of each text
 _PROMPT_TOKENS = 32
 
-Build = Callable[[fx.GraphModule], ir.Model]
+Build = Callable[[Exportable], ir.Model]
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,17 @@ class DecidedFolding:
         }
 
 
-def decide_folding(
-    model: RoutedForCausalLM, asked: Folding, texts: Sequence[Sequence[int]], build: Build, folder: Path
-) -> DecidedFolding:
+def decide_folding(foldable: Foldable, asked: Folding, build: Build, folder: Path) -> DecidedFolding:
     """Fold, besides the gates asked for, those that are constant on the texts, and those that skip too rarely.
 
-    `build` lowers a graph to ONNX; the models that are measured lie in `folder` for as long as that takes. What pays is
+    `build` lowers to ONNX; the models that are measured lie in `folder` for as long as that takes. What pays is
     judged for decoding one row, where a token alone decides on a block. The rates are those of a model in which only
     the gates asked for are folded.
 
     Raises:
         ArtifactError: ONNX Runtime can't run what is measured.
     """
+    model, texts = foldable.model, foldable.texts
     gates = model.gated_layers
     rates = _skip_rates(model, asked, texts)
     constant = Folding(
@@ -83,12 +82,13 @@ def decide_folding(
         return DecidedFolding(gates, _sorted(constant), named)
     open_folding = Folding(constant.active + tuple(left), constant.skipped)
     with TemporaryDirectory(dir=folder) as scratch:
-        files = []
+        files: list[Path] = []
         for name, folding in (("gated", constant), ("dense", open_folding)):
             files.append(Path(scratch) / name / MODEL_FILE)
             files[-1].parent.mkdir()
-            ir.save(build(folding.graph(model)), files[-1], external_data=f"{MODEL_FILE}.data")
-        measured = measure_break_even(*files, [token for text in texts for token in text][:_PROMPT_TOKENS])
+            ir.save(build(foldable.fold(folding)), files[-1], external_data=f"{MODEL_FILE}.data")
+        gated, dense = files
+        measured = measure_break_even(gated, dense, [token for text in texts for token in text][:_PROMPT_TOKENS])
     rare = tuple(layers for layers in left if rates[layers] < measured.skip_rate)
     return DecidedFolding(gates, _sorted(Folding(constant.active + rare, constant.skipped)), named, measured)
 

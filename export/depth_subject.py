@@ -7,10 +7,12 @@ import numpy as np
 import onnx_ir as ir
 
 from modcompile.export.compare_in_double import errors_to_double
+from modcompile.export.float_activations import FloatActivations
 from modcompile.export.folding import UNFOLDED, Folding
 from modcompile.export.overrides import THRESHOLD_INPUT
 from modcompile.export.paired_steps import largest
 from modcompile.export.session import RoutedSession
+from modcompile.export.shipped_perplexity import ShippedPerplexity
 from modcompile.export.step_binding import Array
 from modcompile.export.tell_routes import TellRoutes
 from modcompile.export.verification import Verification
@@ -25,12 +27,19 @@ class DepthSubject:
     Cases have thresholds for all gates of the model, routes are those of the gates that are left.
     """
 
-    def __init__(self, model: RoutedForCausalLM, folding: Folding = UNFOLDED) -> None:
+    def __init__(
+        self,
+        model: RoutedForCausalLM,
+        perplexity: ShippedPerplexity | None = None,
+        folding: Folding = UNFOLDED,
+    ) -> None:
+        """`perplexity` is for an artifact with integer weights."""
         self._model = model
         self._folding = folding
         self._gates = folding.kept(model.gated_layers, model.gated_layers)
         self._layers = [layer for layers in self._gates for layer in layers]
         self._before = model.hard_thresholds
+        self._perplexity = perplexity
         self._shipped: Array = np.zeros(0)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
@@ -51,6 +60,7 @@ class DepthSubject:
         self._model.set_router_mode(self._before)
 
     def tell(self, model: ir.Model) -> None:
+        FloatActivations()(model)
         TellRoutes(self._gates)(model)
 
     def torch_routes(self, output: Any) -> Array:
@@ -62,12 +72,18 @@ class DepthSubject:
         return _stacked(masks, ids), [int(mask.any()) for mask in masks]
 
     def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
-        self._shipped = _first_row_logits(shipped, cases[0])
+        if self._perplexity is None:
+            self._shipped = _first_row_logits(shipped, cases[0])
+        else:
+            self._perplexity.measure(shipped, _sure_cases(cases), self.force)
 
     def compare_shipped(self, telling: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
-        """The logits of the first row must be those of the graph that tells."""
-        telling.thresholds = self._left(cases[0])
-        result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, cases[0]))
+        """The logits of the first row must be those of the graph that tells, but for rounded activations."""
+        if self._perplexity is None:
+            telling.thresholds = self._left(cases[0])
+            result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, cases[0]))
+        else:
+            self._perplexity.compare(telling, _sure_cases(cases), self.force, result, has_gates=bool(self._gates))
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         """Against float64."""
@@ -88,6 +104,11 @@ class DepthSubject:
 def _stacked(masks: Sequence[Array], like: Any) -> Array:
     """`[R, B, T]`, be R 0, of masks that are of the shape of `like`."""
     return np.array(masks, bool).reshape(len(masks), *like.shape)
+
+
+def _sure_cases(cases: Sequence[Case]) -> list[Case]:
+    """The artifact's own decisions, and those forced ones that no rounding can turn."""
+    return [cases[0], *(case for case in cases[1:] if all(not 0 < threshold < 1 for threshold in case.thresholds))]
 
 
 def _first_row_logits(session: RoutedSession, case: Case) -> Array:

@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import onnx_ir as ir
-from torch import fx
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from modcompile.artifacts import base_files, update_report
 from modcompile.checkpoint_sources import find_checkpoint
@@ -22,7 +23,7 @@ from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
 from modcompile.export.decide_folding import DecidedFolding, decide_folding
 from modcompile.export.export_config import ExportConfig
-from modcompile.export.exportable import load_exportable, of_gates
+from modcompile.export.exportable import Exportable, load_exportable
 from modcompile.export.folding import asked_folding
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
@@ -35,6 +36,7 @@ from modcompile.quantized_folder import QUANTIZATION_CONFIG
 from modcompile.sampling import load_generation_config
 
 VERIFICATION = "verification.json"
+_DATA_FILE = f"{MODEL_FILE}.data"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
@@ -48,26 +50,49 @@ class ExportResult:
     """What an export wrote and proved, and the seconds that its stages took."""
 
     output: Path
+    config: ExportConfig
     verification: Verification
     seconds: dict[str, float]
+    num_bytes: int
+    """Of the model and its weights."""
     folding: DecidedFolding | None
     """None for models without gates that can be folded."""
 
+    def as_json(self) -> dict[str, Any]:
+        """What `report.json` tells."""
+        rounding = self.config.rounding
+        return {
+            "output": str(self.output),
+            "weights": self.config.weights,
+            "group_size": rounding and rounding.group_size,
+            "bytes": self.num_bytes,
+            "seconds": self.seconds,
+            "folding": self.folding and self.folding.as_json(),
+            **self.verification.as_json(),
+        }
+
     def summary(self) -> str:
-        """Three lines for a person, or four with gates."""
+        """Three lines for a person, and one more each where there are gates, and where weights were rounded."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
         gates = f"{self.folding.summary()}\n" if self.folding else ""
+        rounding = self.config.rounding
+        lost = ""
+        if rounding is not None:
+            lost = (
+                f"\n{self.config.weights} weights in groups of {rounding.group_size}: on longer texts perplexity "
+                f"{proved.perplexity_rounded['onnx']:.3f} as shipped, {proved.perplexity_unrounded:.3f} before rounding"
+            )
         return (
-            f"wrote {self.output} ({stages})\n{gates}"
+            f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB\n{gates}"
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
             "equal, every branch of every If was seen\n"
             f"on these texts perplexity {proved.perplexity_torch:.3f} in PyTorch, {proved.perplexity_onnx:.3f} in "
-            f"ONNX Runtime, {spent}"
+            f"ONNX Runtime, {spent}{lost}"
         )
 
 
@@ -87,38 +112,36 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
-        model = load_exportable(source, config)
+        model = load_exportable(source, config, partial(_texts, source))
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
         generation = load_generation_config(source, model.config)
-        texts = _texts(model.config, tokenizer)
         max_positions = model.max_positions if config.target == "ort" else None
 
-    def build(graph: fx.GraphModule) -> ir.Model:
-        return build_model(graph, emit_routing=config.emit_routing, max_positions=max_positions)
+    def build(exportable: Exportable) -> ir.Model:
+        return build_model(exportable.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
 
     folding = None
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
-        if model.routed is not None:
-            gates = model.routed.gated_layers
+        if model.foldable is not None:
+            gates = model.foldable.model.gated_layers
             asked = asked_folding(config.always_active, config.always_skipped, gates)
             folding = DecidedFolding(gates, asked)
             if config.fold_gates == "auto":
                 with _timed("folding gates", seconds):
-                    folding = decide_folding(model.routed, asked, texts, build, staging)
-            model = of_gates(model.routed, folding.folding)
+                    folding = decide_folding(model.foldable, asked, build, staging)
+            model = model.foldable.fold(folding.folding)
         with _timed("lowering to ONNX", seconds):
-            onnx_model = build(model.graph())
+            onnx_model = build(model)
             onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})
         with _timed("writing the ONNX model", seconds):
-            ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+            ir.save(onnx_model, staging / MODEL_FILE, external_data=_DATA_FILE)
             write_genai_config(staging, onnx_model, model.config, generation, tokenizer)
             del onnx_model
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
         with _timed("verifying", seconds):
-            subject, cases = model.verification(texts)
-            verification = verify_model(subject, staging, cases)
+            verification = verify_model(model.subject, staging, model.cases)
         if not verification.passed:
             for file in list(staging.iterdir()):
                 file.unlink()
@@ -128,14 +151,15 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
             f"the exported model does not compute what PyTorch does: {'; '.join(verification.failures)} "
             f"(no model was left; details in {output / VERIFICATION})"
         )
-    result = ExportResult(output, verification, seconds, folding)
-    told = {"folding": folding.as_json()} if folding else {}
-    update_report(source, "export", {"output": str(output), "seconds": seconds, **told, **verification.as_json()})
+    num_bytes = sum((output / name).stat().st_size for name in (MODEL_FILE, _DATA_FILE))
+    result = ExportResult(output, config, verification, seconds, num_bytes, folding)
+    update_report(source, "export", result.as_json())
     return result
 
 
-def _texts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[Sequence[int]]:
+def _texts(source: Path, config: PretrainedConfig) -> Sequence[Sequence[int]]:
     """Rows of held-out English, or of random tokens for a model without a tokenizer."""
+    tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
     if tokenizer is not None:
         with quiet_transformers():  # The text is longer than the model's positions, its parts are not.
             tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from modcompile.export.folding import UNFOLDED, Folding
 from modcompile.export.module_outputs import module_outputs
 from modcompile.modeling import RoutedForCausalLM
 
@@ -46,23 +45,17 @@ class Case:
 
 
 def verification_cases(
-    model: RoutedForCausalLM,
-    texts: Sequence[Sequence[int]],
-    thresholds: Sequence[float],
-    folding: Folding = UNFOLDED,
+    model: RoutedForCausalLM, texts: Sequence[Sequence[int]], thresholds: Sequence[float]
 ) -> list[Case]:
     """The artifact's own thresholds on each of 8 rows alone, and other thresholds on all rows as a padded batch.
-
-    Thresholds are for all gates of the model; those of folded gates are at what they are folded to in every case.
 
     `texts` are 8 rows of token ids; short ones are repeated, so that each has enough for its prefill and the decode
     steps.
     """
     prefills, decodes = split_texts(model.config, texts)
     count = len(model.gated_layers)
-    own = tuple(folding.thresholds(thresholds, model.gated_layers))
     cases = [
-        Case("own thresholds, row by row", own, (prefill,), (decode,))
+        Case("own thresholds, row by row", tuple(thresholds), (prefill,), (decode,))
         for prefill, decode in zip(prefills, decodes, strict=True)
     ]
     others: list[tuple[str, Sequence[float], Literal["left", "right"]]] = [
@@ -72,10 +65,7 @@ def verification_cases(
         ("every other one", [(0.0, 2.0)[index % 2] for index in range(count)], "right"),
         ("half of the tokens", _halving_thresholds(model, prefills), "left"),
     ]
-    return cases + [
-        Case(name, tuple(folding.thresholds(values, model.gated_layers)), prefills, decodes, side)
-        for name, values, side in others
-    ]
+    return cases + [Case(name, tuple(values), prefills, decodes, side) for name, values, side in others]
 
 
 def split_texts(

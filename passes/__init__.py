@@ -10,7 +10,7 @@ In the order in which they are applied:
 6. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
 7. `lower_gates`: boolean routing mask → `torch.cond`.
 8. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
-8. `fuse_for_onnxruntime`: what ONNX Runtime alone has operators for: attention over a cache, packed products, sums with norms.
+9. `fuse_for_onnxruntime`: what ONNX Runtime alone has operators for: attention over a cache, packed products, and more.
 
 For blocks of several precisions, in the place of 4 to 7:
 
@@ -18,6 +18,10 @@ For blocks of several precisions, in the place of 4 to 7:
   with inputs rounded as ONNX Runtime rounds them.
 - `insert_precision_branches`: every block → router, a branch for each precision, mix (or one branch, drawn).
 - `choose_precision`: every block → router, a chain of `torch.cond` between the branches, one of which may be to skip.
+
+For integer weights, between 6 and 7:
+
+- `quantize_weights`: products with weights, and token embeddings, on codes.
 
 After each of them the graph runs in PyTorch, in the form that `outlined_form` describes from the second on.
 """

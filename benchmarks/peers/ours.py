@@ -1,6 +1,7 @@
-"""The worker of our own exports, in modcompile's session."""
+"""The worker of our own exports, in modcompile's decoder."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,11 @@ from modcompile.export.huge_pages import huge_pages
 from modcompile.export.session import MODEL_FILE, RoutedSession
 
 
-class _Session:
-    """As `modcompile.generate --runtime onnx` runs it: the logits of a prompt's last token only."""
+class _Decoding:
+    """One buffer of the sequence's capacity where the export may be run so."""
 
-    def __init__(self, folder: Path, thresholds: Sequence[float] | None, threads: int) -> None:
-        with huge_pages():
-            self._session = RoutedSession(
-                folder / MODEL_FILE, thresholds=thresholds, num_threads=threads, providers=["CPUExecutionProvider"]
-            )
+    def __init__(self, session: RoutedSession) -> None:
+        self._session = session
         self.start(1)
 
     def start(self, capacity: int) -> None:
@@ -40,8 +38,17 @@ class _Session:
 
 
 def load(model: dict[str, Any], threads: int) -> Engine:
-    """A session of an exported `folder`, at `thresholds` (None: as exported)."""
-    return _Session(Path(model["folder"]), model["thresholds"], threads)
+    """An exported `folder` at `thresholds` (None: as exported), with `huge_pages` or not."""
+    with huge_pages() if model["huge_pages"] else nullcontext():
+        session = RoutedSession(
+            Path(model["folder"]) / MODEL_FILE,
+            thresholds=model["thresholds"],
+            num_threads=threads,
+            providers=["CPUExecutionProvider"],
+        )
+        decoding = _Decoding(session)
+        decoding.prefill([0])  # A session's first run allocates.
+    return decoding
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def test_holds_the_thresholds_asked_for_and_tells_no_routes(exported: ExportResu
 def test_reports_to_the_routed_folder(exported: ExportResult) -> None:
     report = read_report(exported.output.parent)["export"]
     assert report["output"] == str(exported.output)
+    assert (report["weights"], report["group_size"]) == ("fp32", None)
     assert report["passed"] is True
     assert list(report["seconds"]) == ["loading and tracing", "lowering to ONNX", "writing the ONNX model", "verifying"]
 
@@ -132,6 +133,31 @@ def test_generates_with_shared_gates_what_pytorch_does(grouped: ExportResult) ->
         assert torch.equal(generation.sequence, expected)
         assert generation.usage is not None
         assert generation.usage.active_ratio_per_layer == model.active_ratio_per_layer
+
+
+def test_writes_integer_weights_and_tells_what_they_lost(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a byte each, but for their scales and zero points."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    result = export_folder(folder, tmp_path / "onnx", ExportConfig(weights="int4", group_size=16))
+    proved = result.verification
+    assert proved.passed
+    assert names(result.output) == FILES
+    report = read_report(folder)["export"]
+    assert (report["weights"], report["group_size"]) == ("int4", 16)
+    assert report["bytes"] == result.num_bytes
+    assert result.num_bytes == sum((result.output / name).stat().st_size for name in (MODEL_FILE, f"{MODEL_FILE}.data"))
+    tensors = onnx.load(result.output / MODEL_FILE).graph.initializer
+    rounded = [tensor for tensor in tensors if tensor.name.endswith("_packed")]
+    weights = sum(parameter.numel() for parameter in tiny_base().parameters() if parameter.dim() == 2)
+    assert sum(len(tensor.raw_data) for tensor in rounded) == weights / 2
+    *_, last = result.summary().splitlines()
+    assert proved.perplexity_unrounded is not None
+    assert last == (
+        f"int4 weights in groups of 16: on longer texts perplexity {proved.perplexity_rounded['onnx']:.3f} as shipped, "
+        f"{proved.perplexity_unrounded:.3f} before rounding"
+    )
 
 
 def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +283,9 @@ def test_sums_up_average_bits(
     choosing_folder: Path, precision_onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_prebuilt(precision_onnx_folder, monkeypatch)
-    result = export_folder(choosing_folder, choosing_folder / "onnx", ExportConfig(emit_routing=True, fold_gates="none"))
+    result = export_folder(
+        choosing_folder, choosing_folder / "onnx", ExportConfig(emit_routing=True, fold_gates="none")
+    )
     proved = result.verification
     assert re.search(r"in ONNX Runtime, \d+\.\d\d bits on average$", result.summary())
     assert proved.average_bits == stored(precision_onnx_folder)["average_bits"]
