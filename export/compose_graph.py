@@ -36,6 +36,9 @@ from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.keep_last_logits import LAST_TOKENS
 from modcompile.passes.outlined_form import is_group
 
+Templates = dict[tuple[Any, ...], Template]
+"""By the code that they run, and the sizes of what it takes."""
+
 _COND = torch.ops.higher_order.cond
 
 
@@ -49,11 +52,14 @@ class Operand:
 
 @dataclass
 class Composer:
-    """Builds ONNX nodes; collects the functions that they call and the initializers that they read."""
+    """Builds ONNX nodes; collects the functions that they call and the initializers that they read.
 
+    `templates` may be handed to another composer, that need not export again what runs the same code.
+    """
+
+    templates: Templates = field(default_factory=dict)
     functions: dict[str, ir.Function] = field(default_factory=dict)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
-    _templates: dict[tuple[Any, ...], Template] = field(default_factory=dict)
     _tensors: dict[int, ir.Value] = field(default_factory=dict)
 
     def compose(
@@ -86,11 +92,13 @@ class Composer:
             return self.compose(module, args, path)
         sizes = tuple((first.shape, second.shape, first.dtype) for first, second in (arg.example for arg in args))
         key = (code_key(module), sizes)
-        if key not in self._templates:
+        if key not in self.templates:
             name = path.rstrip(".").replace(".", "_")
-            self._templates[key] = export_template(module, [arg.example for arg in args], name)
-            self.functions[name] = self._templates[key].function
-        template = self._templates[key]
+            if any(name == template.function.name for template in self.templates.values()):
+                name += f"_{len(self.templates)}"  # another composer has used the path for other code
+            self.templates[key] = export_template(module, [arg.example for arg in args], name)
+        template = self.templates[key]
+        self.functions[template.function.name] = template.function
         state = [self._initializer(get_attribute(module, name), f"{path}{name}") for name in template.state]
         constants = [self._constant(value, template.function.name) for value in template.constants]
         node = ir.Node(

@@ -21,6 +21,7 @@ from modcompile.corpus import builtin_documents
 from modcompile.durable_files import write_json
 from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
+from modcompile.export.compose_graph import Templates
 from modcompile.export.decide_folding import DecidedFolding, decide_folding
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import Exportable, load_exportable
@@ -117,8 +118,12 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         generation = load_generation_config(source, model.config)
         max_positions = model.max_positions if config.target == "ort" else None
 
+    templates: Templates = {}
+
     def build(exportable: Exportable) -> ir.Model:
-        return build_model(exportable.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
+        return build_model(
+            exportable.graph(), emit_routing=config.emit_routing, max_positions=max_positions, templates=templates
+        )
 
     folding = None
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
