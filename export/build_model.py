@@ -14,7 +14,7 @@ import onnx_ir.passes.common as common_passes
 import torch
 from torch import fx
 
-from modcompile.export.compose_graph import Composer, Operand, Templates, opset_imports
+from modcompile.export.compose_graph import Composer, Operand, opset_imports
 from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.export.quiet_exporter import quiet_exporter
@@ -23,6 +23,7 @@ from modcompile.passes import fuse_operators
 from modcompile.passes.fuse_for_onnxruntime import fuse_for_onnxruntime
 from modcompile.passes.keep_last_logits import LOGITS_TO_KEEP, keep_last_logits
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, gated_layers
+from modcompile.stages import stage
 
 IR_VERSION = 11
 ROUTING_THRESHOLD, PRECISION_BIAS = "routing_threshold", "precision_bias"
@@ -32,18 +33,11 @@ _OVERRIDABLE = (ROUTING_THRESHOLD, PRECISION_BIAS, LOGITS_TO_KEEP)
 _SIZES = ({"batch": 2, "sequence": 3, "past": 5}, {"batch": 3, "sequence": 5, "past": 7})
 
 
-def build_model(
-    gm: fx.GraphModule,
-    *,
-    emit_routing: bool = False,
-    max_positions: int | None = None,
-    templates: Templates | None = None,
-) -> ir.Model:
+def build_model(gm: fx.GraphModule, *, emit_routing: bool = False, max_positions: int | None = None) -> ir.Model:
     """The ONNX model of a graph in the form that `lower_gates` returns (or in outlined form, for a dense model).
 
     With `max_positions`, how long a sequence may get, it has the operators that ONNX Runtime alone has; without, those
-    of the ONNX standard. `templates` saves time for several graphs of one model: what one of them has exported is put
-    in, and not exported again. Weights are not copied: the tensors of the result are those of `gm` until it is saved.
+    of the ONNX standard. Weights are not copied: the tensors of the result are those of `gm` until it is saved.
     """
     gm = fuse_operators(gm)
     metadata = {}
@@ -53,7 +47,7 @@ def build_model(
         metadata = {CACHE: IN_PLACE} if fused.updates_in_place else {}
         metadata |= {UNFUSED: "; ".join(fused.unfused)} if fused.unfused else {}
         gm = keep_last_logits(gm)
-    composer = Composer({} if templates is None else templates)
+    composer = Composer()
     inputs = _inputs(gm)
     nodes, (logits, *rest) = composer.compose(gm, inputs)
     names = [name_of(layers) for layers in gated_layers(gm)]
@@ -86,7 +80,7 @@ def build_model(
     functions = list(composer.functions.values())
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="modcompile", functions=functions)
     model.metadata_props.update(metadata)
-    with quiet_exporter():
+    with stage("running ONNX passes"), quiet_exporter():
         ir.passes.Sequential(
             common_passes.InlinePass(),
             PretransposeWeights(),

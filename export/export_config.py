@@ -98,7 +98,16 @@ class ExportConfig:
         },
     )
 
+    verify: Literal["full", "none"] = field(
+        default="full",
+        metadata={
+            "help": "full: run the model in PyTorch and in ONNX Runtime, and write it only if both agree. none: write "
+            "it unproved, which takes a fraction of the time."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check_choice("verify", self.verify, ("full", "none"))
         check_choice("target", self.target, ("ort", "onnx"))
         check_choice("fold_gates", self.fold_gates, ("auto", "none"))
         check_threshold(self.hard_threshold)

@@ -21,20 +21,20 @@ from modcompile.corpus import builtin_documents
 from modcompile.durable_files import write_json
 from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
-from modcompile.export.compose_graph import Templates
 from modcompile.export.decide_folding import DecidedFolding, decide_folding
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import Exportable, load_exportable
-from modcompile.export.folding import asked_folding
+from modcompile.export.folding import UNFOLDED, asked_folding
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
-from modcompile.export.verification import Verification
+from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
 from modcompile.quantized_folder import QUANTIZATION_CONFIG
 from modcompile.sampling import load_generation_config
+from modcompile.stages import stage
 
 VERIFICATION = "verification.json"
 _DATA_FILE = f"{MODEL_FILE}.data"
@@ -57,7 +57,7 @@ class ExportResult:
     num_bytes: int
     """Of the model and its weights."""
     folding: DecidedFolding | None
-    """None for models without gates that can be folded."""
+    """None where no gates were to be folded."""
 
     def as_json(self) -> dict[str, Any]:
         """What `report.json` tells."""
@@ -73,13 +73,16 @@ class ExportResult:
         }
 
     def summary(self) -> str:
-        """Three lines for a person, and one more each where there are gates, and where weights were rounded."""
+        """Three lines for a person, one less if nothing was verified; more for gates and for rounded weights."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
+        gates = f"\n{self.folding.summary()}" if self.folding else ""
+        wrote = f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB{gates}"
+        if proved.skipped:
+            return f"{wrote}\n{NOT_VERIFIED}; to have it compared, export with --verify full"
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
-        gates = f"{self.folding.summary()}\n" if self.folding else ""
         rounding = self.config.rounding
         lost = ""
         if rounding is not None:
@@ -88,7 +91,7 @@ class ExportResult:
                 f"{proved.perplexity_rounded['onnx']:.3f} as shipped, {proved.perplexity_unrounded:.3f} before rounding"
             )
         return (
-            f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB\n{gates}"
+            f"{wrote}\n"
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
             "equal, every branch of every If was seen\n"
@@ -100,7 +103,8 @@ class ExportResult:
 def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
     """Export the routed or quantized folder `source` to `output`.
 
-    `output` appears only once the artifact is verified. If it is not, `output` holds nothing but `verification.json`.
+    `output` appears only once the artifact is verified, unless `config` wants it unproved. If it differs from PyTorch,
+    `output` holds nothing but `verification.json`.
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
@@ -118,23 +122,20 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         generation = load_generation_config(source, model.config)
         max_positions = model.max_positions if config.target == "ort" else None
 
-    templates: Templates = {}
-
     def build(exportable: Exportable) -> ir.Model:
-        return build_model(
-            exportable.graph(), emit_routing=config.emit_routing, max_positions=max_positions, templates=templates
-        )
+        return build_model(exportable.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
 
     folding = None
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         if model.foldable is not None:
             gates = model.foldable.model.gated_layers
             asked = asked_folding(config.always_active, config.always_skipped, gates)
-            folding = DecidedFolding(gates, asked)
             if config.fold_gates == "auto":
                 with _timed("folding gates", seconds):
                     folding = decide_folding(model.foldable, asked, build, staging)
-            model = model.foldable.fold(folding.folding)
+            elif asked != UNFOLDED:
+                folding = DecidedFolding(gates, asked)
+            model = model.foldable.fold(folding.folding if folding else UNFOLDED)
         with _timed("lowering to ONNX", seconds):
             onnx_model = build(model)
             onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})
@@ -145,13 +146,16 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
-        with _timed("verifying", seconds):
-            verification = verify_model(model.subject, staging, model.cases)
-        if not verification.passed:
+        if model.proof is None:
+            verification = Verification(skipped=True, versions=versions())
+        else:
+            with _timed("verifying", seconds):
+                verification = verify_model(model.proof.subject, staging, model.proof.cases)
+        if verification.failures:
             for file in list(staging.iterdir()):
                 file.unlink()
         write_json(staging / VERIFICATION, verification.as_json())
-    if not verification.passed:
+    if verification.failures:
         raise VerificationError(
             f"the exported model does not compute what PyTorch does: {'; '.join(verification.failures)} "
             f"(no model was left; details in {output / VERIFICATION})"
@@ -176,8 +180,8 @@ def _texts(source: Path, config: PretrainedConfig) -> Sequence[Sequence[int]]:
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = perf_counter()
-    with show_elapsed(stage):
+    with stage(name), show_elapsed(name):
         yield
-    seconds[stage] = round(perf_counter() - start, 2)
+    seconds[name] = round(perf_counter() - start, 2)

@@ -33,6 +33,14 @@ _MAX_POSITIONS = 32768  # of a model that sets itself no limit
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What `verify_model` takes."""
+
+    subject: Subject
+    cases: list[Case]
+
+
+@dataclass(frozen=True)
 class Foldable:
     """What has gates that an export may decide once and for all."""
 
@@ -48,10 +56,9 @@ class Exportable:
 
     graph: MakeGraph
     """What is lowered to ONNX."""
-    subject: Subject
-    cases: list[Case]
-    """With the subject, what `verify_model` takes."""
     config: PretrainedConfig
+    proof: Proof | None
+    """None where nothing is to be verified."""
     foldable: Foldable | None = None
     """None where routers choose precisions."""
 
@@ -82,14 +89,16 @@ def load_exportable(source: Path, config: ExportConfig, texts_of: Callable[[Pret
 def _of_gates(
     model: RoutedForCausalLM, config: ExportConfig, texts_of: Callable[[PretrainedConfig], Rows]
 ) -> Exportable:
-    texts, thresholds = texts_of(model.config), model.hard_thresholds
+    is_proved, thresholds = config.verify == "full", model.hard_thresholds
     assert thresholds is not None
-    rounding, rows = config.rounding, perplexity_rows(model.config, texts)
+    rounding, gates = config.rounding, model.gated_layers
+    texts = texts_of(model.config) if is_proved or config.fold_gates == "auto" else []
+    rows = perplexity_rows(model.config, texts) if is_proved else []
     before, weights = None, {}
     if rounding is not None:
-        before = _perplexity(model, rows)
+        before = _perplexity(model, rows) if is_proved else None
         weights = round_weights(model.hard_graph(), rounding=rounding)
-    gates, cases = model.gated_layers, verification_cases(model, texts, thresholds)
+    cases = verification_cases(model, texts, thresholds) if is_proved else []
 
     def fold(folding: Folding) -> Exportable:
         graph: MakeGraph = partial(folding.graph, model)
@@ -97,9 +106,11 @@ def _of_gates(
         if rounding is not None:
             graph, rounded = _on_codes(graph, graph, weights, rounding)
             perplexity = ShippedPerplexity(rows, rounded, before)
-        subject = DepthSubject(model, perplexity, folding)
-        forced = [replace(case, thresholds=tuple(folding.thresholds(case.thresholds, gates))) for case in cases]
-        return Exportable(graph, subject, forced, model.config, Foldable(model, texts, fold))
+        proof = None
+        if is_proved:
+            forced = [replace(case, thresholds=tuple(folding.thresholds(case.thresholds, gates))) for case in cases]
+            proof = Proof(DepthSubject(model, perplexity, folding), forced)
+        return Exportable(graph, model.config, proof, Foldable(model, texts, fold))
 
     return fold(UNFOLDED)
 
@@ -109,18 +120,21 @@ def _of_precisions(
 ) -> Exportable:
     if model.depth_routers:
         model.set_hard_threshold(config.hard_threshold)
-    texts = texts_of(model.config)
+    is_proved = config.verify == "full"
+    texts = texts_of(model.config) if is_proved else []
     rows = perplexity_rows(model.config, texts)
     graph, rounded, before = model.export_graph, model.rounded_graph, None
     if config.rounding is not None:
-        before = _perplexity(model, rows)
+        before = _perplexity(model, rows) if is_proved else None
         whole = graph()
         # Blocks have their precisions, of which 16 bits are the original weights.
         ends = [whole.get_submodule(name) for name in ("prologue", "epilogue")]
         weights = round_weights(*ends, rounding=config.rounding)
         graph, rounded = _on_codes(graph, rounded, weights, config.rounding)
+    if not is_proved:
+        return Exportable(graph, model.config, None)
     subject = PrecisionSubject(model, ShippedPerplexity(rows, rounded, before), config.hard_threshold)
-    return Exportable(graph, subject, precision_cases(model, texts, config.hard_threshold), model.config)
+    return Exportable(graph, model.config, Proof(subject, precision_cases(model, texts, config.hard_threshold)))
 
 
 def _on_codes(

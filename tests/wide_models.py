@@ -59,7 +59,11 @@ def wide_config(architecture: str) -> PretrainedConfig:
             return MistralConfig(**_GROUPED, sliding_window=SLIDING_WINDOW)
         case "gemma3":
             kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-            shape = {"head_dim": HEAD_SIZE, "query_pre_attn_scalar": 8, "sliding_window": SLIDING_WINDOW}
+            shape: dict[str, Any] = {
+                "head_dim": HEAD_SIZE,
+                "query_pre_attn_scalar": 8,
+                "sliding_window": SLIDING_WINDOW,
+            }
             return Gemma3TextConfig(**_GROUPED | shape, layer_types=kinds)
         case "opt":
             shape = {"word_embed_proj_dim": HIDDEN_SIZE, "ffn_dim": 48, "init_std": INITIALIZER_RANGE}

@@ -8,16 +8,13 @@ import pytest
 from torch import fx
 
 from modcompile.export import export_folder, verification_inputs
-from modcompile.export.compose_graph import Templates
 from modcompile.export.session import MODEL_FILE
 
 
 def use_prebuilt(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`onnx_folder` must be of the model that is exported, with --emit_routing."""
 
-    def build_model(
-        _: fx.GraphModule, *, emit_routing: bool, max_positions: int | None, templates: Templates
-    ) -> ir.Model:
+    def build_model(_: fx.GraphModule, *, emit_routing: bool, max_positions: int | None) -> ir.Model:
         model = ir.load(onnx_folder / MODEL_FILE)
         if not emit_routing:
             told = ("routing.", "precision.")

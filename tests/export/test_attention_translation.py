@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from modcompile.export.compose_graph import opset_imports
-from modcompile.export.templates import Example, export_template
+from modcompile.export.templates import export_templates
+from modcompile.export.translate_modules import Example, specimen
 from modcompile.passes.gather_tokens import gather_tokens
 from modcompile.passes.group_query_attention import group_query_attention
 from tests.export.onnx_text import run
@@ -47,7 +48,7 @@ class _Gather(nn.Module):
 
 def _inputs(batch: int, tokens: int, past: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(batch)
-    sizes = [(batch, tokens, heads * _SIZE) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
+    sizes: list[tuple[int, ...]] = [(batch, tokens, heads * _SIZE) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
     sizes += [(batch, _KV_HEADS, past, _SIZE)] * 2
     tables = (torch.randn(_POSITIONS, _SIZE // 2, generator=torch.Generator().manual_seed(0)) for _ in range(2))
     lengths = torch.full((batch,), past + tokens - 1, dtype=torch.int32)
@@ -57,7 +58,8 @@ def _inputs(batch: int, tokens: int, past: int) -> list[torch.Tensor]:
 
 def _exported(module: nn.Module, examples: Sequence[Example]) -> Callable[[Sequence[torch.Tensor]], Tensors]:
     """Calls a model of one call of the template."""
-    template = export_template(module, examples, "template")
+    item = specimen("template", module, examples)
+    (template,) = export_templates([item])
     names = [str(value.name) for value in template.function.inputs[: len(examples)]]
     values = [ir.Value(name=name) for name in names]
     for value, (first, second) in zip(values, examples, strict=True):
@@ -66,8 +68,8 @@ def _exported(module: nn.Module, examples: Sequence[Example]) -> Callable[[Seque
             [one if one == other else None for one, other in zip(first.shape, second.shape, strict=True)]
         )
     constants = [ir.Value(name=each.name, type=each.type, const_value=each.const_value) for each in template.constants]
-    outputs = [ir.Value(name=f"y_{index}") for index in range(len(template.outputs))]
-    for output, (example, _) in zip(outputs, template.outputs, strict=True):
+    outputs = [ir.Value(name=f"y_{index}") for index in range(len(item.outputs))]
+    for output, (example, _) in zip(outputs, item.outputs, strict=True):
         output.type = ir.TensorType(ir.tensor_adapters.from_torch_dtype(example.dtype))
         output.shape = ir.Shape([None] * example.dim())
     call = ir.Node("modcompile", "template", [*values, *constants], outputs=outputs)

@@ -47,8 +47,10 @@ class Built:
         """Logits, keys and values, and routing masks `[B, T, 1]` of each call, on a cache that grows."""
         cache = self.session.empty_cache(len(calls[0].input_ids))
         for call in calls:
-            tokens = (tensor.numpy() for tensor in (call.input_ids, call.attention_mask, call.position_ids))
-            logits, cache, told = self.session.run(*tokens, cache)
+            ids, mask, positions = (
+                tensor.numpy() for tensor in (call.input_ids, call.attention_mask, call.position_ids)
+            )
+            logits, cache, told = self.session.run(ids, mask, positions, cache)
             arrays = [logits, *(value.numpy() for value in cache), *(mask[..., None] for mask in told.values())]
             yield [torch.from_numpy(array.copy()) for array in arrays]
 

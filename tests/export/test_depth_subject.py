@@ -33,9 +33,11 @@ class Exported:
 
     def verify(self) -> Verification:
         """Two rows alone, the batches with three rows of the eight, and one decode step: that saves time."""
-        short = [replace(case, decodes=tuple(row[:1] for row in case.decodes)) for case in self.loaded.cases]
+        proof = self.loaded.proof
+        assert proof is not None
+        short = [replace(case, decodes=tuple(row[:1] for row in case.decodes)) for case in proof.cases]
         batches = [replace(case, prefills=case.prefills[1:4], decodes=case.decodes[1:4]) for case in short[NUM_TEXTS:]]
-        return verify_model(self.loaded.subject, self.folder, [*short[3:5], *batches])
+        return verify_model(proof.subject, self.folder, [*short[3:5], *batches])
 
 
 @pytest.fixture(scope="module", params=["int4", "int8"])
@@ -92,7 +94,9 @@ def test_tells_the_perplexity_of_the_artifact_as_it_is(exported: Exported, monke
 
 
 def test_tells_the_perplexity_before_rounding(exported: Exported, routed_folder: Path) -> None:
-    original = load_exportable(routed_folder, ExportConfig(), lambda _: TEXTS).subject
+    proof = load_exportable(routed_folder, ExportConfig(), lambda _: TEXTS).proof
+    assert proof is not None
+    original = proof.subject
     before = [loss(original(torch.tensor([row])).logits, row) for row in TEXTS]
     assert exported.verify().perplexity_unrounded == pytest.approx(float(np.exp(np.mean(before))), rel=1e-5)
 

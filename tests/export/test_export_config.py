@@ -19,6 +19,13 @@ def test_refuses_what_is_no_threshold(threshold: float) -> None:
         ExportConfig(hard_threshold=threshold)
 
 
+@pytest.mark.parametrize("option", ["target", "verify"])
+def test_refuses_what_is_no_choice(option: str) -> None:
+    choice: Any = {option: "some"}
+    with pytest.raises(ConfigError, match=f"--{option} is 'some'"):
+        ExportConfig(**choice)
+
+
 def test_defaults_to_a_half_and_to_no_outputs_of_ours() -> None:
     assert ExportConfig() == ExportConfig(hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None)
     assert ExportConfig().rounding is None

@@ -171,6 +171,24 @@ def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch
     assert names(earlier) == FILES
 
 
+def test_writes_an_unproved_model_where_it_is_asked_for_and_says_that_it_is(
+    folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_prebuilt(onnx_folder, monkeypatch)
+    output = folder / "onnx"
+    result = export_folder(folder, output, ExportConfig(verify="none"))
+    assert names(output) == FILES
+    assert is_onnx_folder(output)
+    assert stored(output)["passed"] is False
+    assert stored(output)["result"].startswith("not verified: ")
+    assert read_report(folder)["export"]["skipped"] is True
+    wrote, told = result.summary().splitlines()
+    assert "verifying" not in wrote
+    assert told.startswith("not verified: ")
+    assert export_folder(folder, output, ExportConfig()).verification.passed
+    assert "result" not in stored(output)
+
+
 def test_leaves_no_model_that_was_not_verified(
     folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

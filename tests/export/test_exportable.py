@@ -26,7 +26,8 @@ def texts(config: PretrainedConfig) -> list[list[int]]:
 def test_a_routed_folder_is_gated_at_the_threshold(routed_folder: Path) -> None:
     loaded = load_exportable(routed_folder, ExportConfig(hard_threshold=0.3), texts)
     assert dict(loaded.graph().named_buffers())["routing_threshold"].tolist() == pytest.approx([0.3, 0.3])
-    subject, cases = loaded.subject, loaded.cases
+    assert loaded.proof is not None
+    subject, cases = loaded.proof.subject, loaded.proof.cases
     assert isinstance(subject, DepthSubject)
     assert cases[0].thresholds == pytest.approx((0.3, 0.3))
     assert subject.branches == {0: ("skipped", "executed"), 2: ("skipped", "executed")}
@@ -43,7 +44,8 @@ def test_a_quantized_folder_chooses_by_the_routers_in_it(
     buffers = dict(graph.named_buffers())
     assert torch.equal(buffers["precision_bias"], torch.zeros(3, len(BITS)))
     names = [f"at {bits} bits" for bits in BITS]
-    subject, cases = loaded.subject, loaded.cases
+    assert loaded.proof is not None
+    subject, cases = loaded.proof.subject, loaded.proof.cases
     assert isinstance(subject, PrecisionSubject)
     if depth is None:
         assert "routing_threshold" not in buffers

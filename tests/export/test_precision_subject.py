@@ -101,7 +101,8 @@ def test_passes_blocks_of_precisions_between_ends_of_rounded_weights(
     onnx_model = build_model(loaded.graph())
     ir.save(onnx_model, tmp_path / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
     original = LayerwiseQuantizeForCausalLM.from_quantized(source)
-    result = verify_model(loaded.subject, tmp_path, shortened(original))
+    assert loaded.proof is not None
+    result = verify_model(loaded.proof.subject, tmp_path, shortened(original))
     assert result.failures == []
     assert result.max_logit_difference < 1e-4
     losses = [

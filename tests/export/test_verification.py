@@ -4,7 +4,13 @@ from importlib.metadata import version
 
 import pytest
 
-from modcompile.export.verification import MAX_LOGIT_DIFFERENCE, MIN_EQUAL_ROUTES, Verification, versions
+from modcompile.export.verification import (
+    MAX_LOGIT_DIFFERENCE,
+    MIN_EQUAL_ROUTES,
+    NOT_VERIFIED,
+    Verification,
+    versions,
+)
 from modcompile.version import __version__
 
 
@@ -97,6 +103,18 @@ def test_json_holds_what_was_found() -> None:
     assert {"max_logit_difference", "equal_routes", "perplexity_torch", "perplexity_onnx", "active_ratio"} < data.keys()
     result.failures.append("something")
     assert result.as_json()["passed"] is False
+
+
+def test_what_was_skipped_has_not_passed_and_says_so() -> None:
+    result = Verification(skipped=True, versions=versions())
+    assert not result.passed
+    assert result.as_json() == {
+        "passed": False,
+        "skipped": True,
+        "result": NOT_VERIFIED,
+        "versions": versions(),
+    }
+    assert NOT_VERIFIED.startswith("not verified: ")
 
 
 def test_tells_the_versions_of_what_took_part() -> None:

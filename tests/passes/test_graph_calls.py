@@ -53,9 +53,9 @@ def test_a_new_input_reaches_both_branches() -> None:
             output.args = ((branch.graph.call_function(torch.add, (result, more)),),)
         branch.recompile()
     gm.recompile()
-    linear, more = gm.get_submodule("linear"), torch.randn(3, SIZE)
+    linear, addend = gm.get_submodule("linear"), torch.randn(3, SIZE)
     for x, factor in ((torch.ones(3, SIZE), 2), (-torch.ones(3, SIZE), -1)):
-        torch.testing.assert_close(gm(x, more)[0], factor * linear(x) + more)
+        torch.testing.assert_close(gm(x, addend)[0], factor * linear(x) + addend)
 
 
 def test_a_module_gets_new_arguments_last() -> None:
