@@ -24,7 +24,7 @@ from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
-from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_grouped
+from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_grouped, tiny_routed
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 CONFIGS = {"config.json", "generation_config.json", "genai_config.json"}
@@ -111,6 +111,44 @@ def grouped(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
         return export_folder(folder, folder / "onnx", ExportConfig(emit_routing=True, fold_gates="none"))
 
 
+@pytest.mark.parametrize("emit_routing", [False, True])
+def test_folds_the_gates_of_an_untrained_model_into_a_dense_one(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emit_routing: bool
+) -> None:
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)
+    folder = tmp_path / "routed"
+    write_routed_folder(build_routed(tiny_base(), RouterConfig(router_hidden_size=8)), tokenizer, folder)
+    result = export_folder(folder, folder / "onnx", ExportConfig(emit_routing=emit_routing))
+    assert result.summary().splitlines()[1] == "0 of 3 gates kept, 3 always open, 0 never: the artifact is dense"
+    assert result.verification.passed
+    assert result.verification.active_ratio == 1.0
+    graph = onnx.load(result.output / MODEL_FILE, load_external_data=False).graph
+    assert not [node for node in graph.node if node.op_type == "If"]
+    assert read_report(folder)["export"]["folding"]["always_active"] == ["0", "1", "2"]
+    assert names(result.output) == FILES
+
+
+def test_folds_what_is_asked_for_and_counts_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)
+    config = ExportConfig(emit_routing=True, fold_gates="none", always_skipped="0")
+    result = export_folder(folder, tmp_path / "onnx", config)
+    assert result.verification.passed
+    assert result.verification.compared_routes == result.verification.compared_tokens
+    model = tiny_routed("straight_through")
+    session = RoutedSession(result.output / MODEL_FILE, providers=["CPUExecutionProvider"])
+    assert session.num_thresholds == 1
+    assert session.gated_layers == (range(2, 3),)
+    prompt = torch.tensor([[5, 6, 7, 200, 3, 41, 17]])
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    generation = generate(session, prompt, options)
+    model.set_router_mode([2.0, 0.5])
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options)
+    assert torch.equal(generation.sequence, expected)
+    assert generation.usage is not None
+    assert generation.usage.active_ratio_per_layer == model.active_ratio_per_layer
+    assert model.active_ratio_per_layer[0] == 0.0
+
+
 def test_proves_gates_that_layers_share_and_counts_each_layer(grouped: ExportResult) -> None:
     proved = grouped.verification
     assert proved.passed
@@ -140,7 +178,7 @@ def test_writes_integer_weights_and_tells_what_they_lost(
 ) -> None:
     """Half a byte each, but for their scales and zero points."""
     monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
-    result = export_folder(folder, tmp_path / "onnx", ExportConfig(weights="int4", group_size=16))
+    result = export_folder(folder, tmp_path / "onnx", ExportConfig(weights="int4", group_size=16, fold_gates="none"))
     proved = result.verification
     assert proved.passed
     assert names(result.output) == FILES
@@ -176,7 +214,7 @@ def test_writes_an_unproved_model_where_it_is_asked_for_and_says_that_it_is(
 ) -> None:
     use_prebuilt(onnx_folder, monkeypatch)
     output = folder / "onnx"
-    result = export_folder(folder, output, ExportConfig(verify="none"))
+    result = export_folder(folder, output, ExportConfig(verify="none", fold_gates="none"))
     assert names(output) == FILES
     assert is_onnx_folder(output)
     assert stored(output)["passed"] is False
@@ -185,7 +223,7 @@ def test_writes_an_unproved_model_where_it_is_asked_for_and_says_that_it_is(
     wrote, told = result.summary().splitlines()
     assert "verifying" not in wrote
     assert told.startswith("not verified: ")
-    assert export_folder(folder, output, ExportConfig()).verification.passed
+    assert export_folder(folder, output, ExportConfig(fold_gates="none")).verification.passed
     assert "result" not in stored(output)
 
 
@@ -255,7 +293,7 @@ def test_refuses_a_folder_of_somebody_else(folder: Path) -> None:
     foreign.mkdir()
     (foreign / "diary.txt").write_text("dear diary", encoding="utf-8")
     with pytest.raises(OutputError, match="exists and was not made by modcompile"):
-        export_folder(folder, foreign, ExportConfig(fold_gates="none"))
+        export_folder(folder, foreign, ExportConfig())
     assert names(foreign) == {"diary.txt"}
 
 
@@ -269,7 +307,7 @@ def test_never_replaces_the_routed_folder_or_what_holds_it(folder: Path, up: int
 
 def test_a_folder_that_is_not_routed_gets_no_output(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a folder"):
-        export_folder(tmp_path / "nothing", tmp_path / "onnx", ExportConfig(fold_gates="none"))
+        export_folder(tmp_path / "nothing", tmp_path / "onnx", ExportConfig())
     assert not list(tmp_path.iterdir())
 
 
@@ -301,9 +339,7 @@ def test_sums_up_average_bits(
     choosing_folder: Path, precision_onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_prebuilt(precision_onnx_folder, monkeypatch)
-    result = export_folder(
-        choosing_folder, choosing_folder / "onnx", ExportConfig(emit_routing=True, fold_gates="none")
-    )
+    result = export_folder(choosing_folder, choosing_folder / "onnx", ExportConfig(emit_routing=True))
     proved = result.verification
     assert re.search(r"in ONNX Runtime, \d+\.\d\d bits on average$", result.summary())
     assert proved.average_bits == stored(precision_onnx_folder)["average_bits"]
@@ -316,7 +352,7 @@ def test_leaves_no_model_of_precisions_that_was_not_verified(
     output = choosing_folder / "onnx"
     monkeypatch.setattr(verification, "MAX_PERPLEXITY_CHANGE", -1.0)
     with pytest.raises(VerificationError, match=r"does not compute what PyTorch does: the perplexity differs by "):
-        export_folder(choosing_folder, output, ExportConfig(emit_routing=True, fold_gates="none"))
+        export_folder(choosing_folder, output, ExportConfig(emit_routing=True))
     assert names(output) == {"verification.json"}
     assert stored(output)["passed"] is False
     assert "export" not in read_report(choosing_folder)
@@ -326,6 +362,6 @@ def test_refuses_a_folder_of_look_up_tables(tmp_path: Path) -> None:
     write_any_precision(tiny_any_precision(), tmp_path / "tables")
     expected = r"is looked up in tables, which PyTorch alone serves; to export, quantize the original with modcompile"
     with pytest.raises(UnsupportedModelError, match=expected) as caught:
-        export_folder(tmp_path / "tables", tmp_path / "onnx", ExportConfig(fold_gates="none"))
+        export_folder(tmp_path / "tables", tmp_path / "onnx", ExportConfig())
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == {"tables"}

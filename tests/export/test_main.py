@@ -37,7 +37,7 @@ def test_exports_as_asked_for(
 ) -> None:
     use_prebuilt(onnx_folder, monkeypatch)
     output = tmp_path / "elsewhere" / "model"
-    assert export(folder, "--emit_routing", "--output_dir", output) == 0
+    assert export(folder, "--emit_routing", "--fold_gates", "none", "--output_dir", output) == 0
     captured = capfd.readouterr()
     session = ort.InferenceSession(str(output / MODEL_FILE), providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_outputs()][-2:] == ["routing.0", "routing.2"]
@@ -67,7 +67,7 @@ def test_writes_into_the_routed_folder_by_default(
     folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_prebuilt(onnx_folder, monkeypatch)
-    assert export(folder) == 0
+    assert export(folder, "--fold_gates", "none") == 0
     session = ort.InferenceSession(str(folder / "onnx" / MODEL_FILE), providers=["CPUExecutionProvider"])
     assert session.get_outputs()[-1].name == "present.2.value"
 
@@ -77,7 +77,7 @@ def test_a_model_that_is_not_verified_is_status_1(
 ) -> None:
     use_prebuilt(onnx_folder, monkeypatch)
     monkeypatch.setattr(verification, "MAX_LOGIT_DIFFERENCE", -1.0)
-    assert export(folder) == 1
+    assert export(folder, "--fold_gates", "none") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the exported model does not compute what PyTorch does: logits differ by ")
     assert [path.name for path in (folder / "onnx").iterdir()] == ["verification.json"]
@@ -111,7 +111,7 @@ def test_may_replace_a_folder_of_somebody_else_where_told_to(
     use_prebuilt(onnx_folder, monkeypatch)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "diary.txt").touch()
-    assert export(folder, "--output_dir", tmp_path / "foreign", "--overwrite_output_dir") == 0
+    assert export(folder, "--output_dir", tmp_path / "foreign", "--overwrite_output_dir", "--fold_gates", "none") == 0
     assert not (tmp_path / "foreign" / "diary.txt").exists()
 
 
@@ -126,7 +126,15 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         main(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag in ("--hard_threshold", "--emit_routing", "--output_dir", "--overwrite_output_dir", "folder"):
+    for flag in (
+        "--hard_threshold",
+        "--emit_routing",
+        "--fold_gates",
+        "none",
+        "--output_dir",
+        "--overwrite_output_dir",
+        "folder",
+    ):
         assert flag in text
     assert "at run time. (default: 0.5)" in text
 
