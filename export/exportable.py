@@ -48,6 +48,7 @@ class Foldable:
     """Hard."""
     texts: Rows
     fold: "Callable[[Folding], Exportable]"
+    """The same with some gates folded."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _of_gates(
     rounding, gates = config.rounding, model.gated_layers
     texts = texts_of(model.config) if is_proved or config.fold_gates == "auto" else []
     rows = perplexity_rows(model.config, texts) if is_proved else []
-    before, weights = None, {}
+    before: float | None = None
+    weights: Mapping[nn.Parameter, PackedWeight] = {}
     if rounding is not None:
         before = _perplexity(model, rows) if is_proved else None
         weights = round_weights(model.hard_graph(), rounding=rounding)

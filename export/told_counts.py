@@ -31,8 +31,8 @@ class ToldCounts:
         """Add a step: masks or bits `[B, T]` by the output's name, and the mask `[B, T]` of what is a token."""
         mask = torch.from_numpy(tokens)
         if self.usage is not None:
-            masks = {layer: torch.ones_like(mask) for layer in self._session.always_active}
-            masks |= {layer: torch.zeros_like(mask) for layer in self._session.always_skipped}
+            masks = {layer: torch.ones_like(mask, dtype=torch.bool) for layer in self._session.always_active}
+            masks |= {layer: torch.zeros_like(mask, dtype=torch.bool) for layer in self._session.always_skipped}
             for layers in self._session.gated_layers:
                 masks |= dict.fromkeys(layers, torch.from_numpy(told[f"{ROUTING}{name_of(layers)}"]))
             self.usage.update([masks[layer][..., None] for layer in self.usage.layers], mask)
