@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from modcompile.export.compare_in_double import errors_to_double
 from modcompile.export.float_activations import FloatActivations
+from modcompile.export.folding import UNFOLDED, Folding
 from modcompile.export.overrides import THRESHOLD_INPUT
 from modcompile.export.paired_steps import largest
 from modcompile.export.session import RoutedSession
@@ -21,11 +22,22 @@ from modcompile.modeling import RoutedForCausalLM
 
 
 class DepthSubject:
-    """For `verify_model`; each of its methods does what `Subject` says."""
+    """For `verify_model`; each of its methods does what `Subject` says.
 
-    def __init__(self, model: RoutedForCausalLM, perplexity: ShippedPerplexity | None = None) -> None:
+    Cases have thresholds for all gates of the model, routes are those of the gates that are left.
+    """
+
+    def __init__(
+        self,
+        model: RoutedForCausalLM,
+        perplexity: ShippedPerplexity | None = None,
+        folding: Folding = UNFOLDED,
+    ) -> None:
         """`perplexity` is for an artifact with integer weights."""
         self._model = model
+        self._folding = folding
+        self._gates = folding.kept(model.gated_layers, model.gated_layers)
+        self._layers = [layer for layers in self._gates for layer in layers]
         self._before = model.hard_thresholds
         self._perplexity = perplexity
         self._shipped: Array = np.zeros(0)
@@ -35,28 +47,29 @@ class DepthSubject:
 
     @property
     def branches(self) -> Mapping[int, Sequence[str]]:
-        return dict.fromkeys(self._model.routed_layers, ("skipped", "executed"))
+        return dict.fromkeys(self._layers, ("skipped", "executed"))
 
     def stored(self, case: Case) -> Mapping[str, Array]:
-        return {THRESHOLD_INPUT: np.asarray(case.thresholds, np.float32)}
+        return {THRESHOLD_INPUT: np.asarray(self._left(case), np.float32)} if self._gates else {}
 
     def force(self, session: RoutedSession, case: Case) -> None:
         self._model.set_router_mode(list(case.thresholds))
-        session.thresholds = case.thresholds
+        session.thresholds = self._left(case)
 
     def restore(self) -> None:
         self._model.set_router_mode(self._before)
 
     def tell(self, model: ir.Model) -> None:
         FloatActivations()(model)
-        TellRoutes(self._model.gated_layers)(model)
+        TellRoutes(self._gates)(model)
 
     def torch_routes(self, output: Any) -> Array:
-        return np.stack([gate.squeeze(-1).numpy() for gate in output.gates])
+        gates = dict(zip(self._model.routed_layers, output.gates, strict=True))
+        return _stacked([gates[layer].squeeze(-1).numpy() for layer in self._layers], output.tokens)
 
     def onnx_routes(self, told: Mapping[str, Array], ids: Array) -> tuple[Array, list[int]]:
-        masks = [told[f"routing.{name_of(layers)}"] for layers in self._model.gated_layers for _ in layers]
-        return np.stack(masks), [int(mask.any()) for mask in masks]
+        masks = [told[f"routing.{name_of(layers)}"] for layers in self._gates for _ in layers]
+        return _stacked(masks, ids), [int(mask.any()) for mask in masks]
 
     def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
         if self._perplexity is None:
@@ -67,10 +80,10 @@ class DepthSubject:
     def compare_shipped(self, telling: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
         """The logits of the first row must be those of the graph that tells, but for rounded activations."""
         if self._perplexity is None:
-            telling.thresholds = cases[0].thresholds
+            telling.thresholds = self._left(cases[0])
             result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, cases[0]))
         else:
-            self._perplexity.compare(telling, _sure_cases(cases), self.force, result, has_gates=True)
+            self._perplexity.compare(telling, _sure_cases(cases), self.force, result, has_gates=bool(self._gates))
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         """Against float64."""
@@ -80,7 +93,17 @@ class DepthSubject:
         return float((routes & tokens).sum())
 
     def record(self, result: Verification, spent: float) -> None:
-        result.active_ratio = spent
+        """Layers of folded gates count with what they are folded to."""
+        active = sum(map(len, self._folding.active))
+        result.active_ratio = (spent * len(self._layers) + active) / len(self._model.routed_layers)
+
+    def _left(self, case: Case) -> list[float]:
+        return self._folding.kept(case.thresholds, self._model.gated_layers)
+
+
+def _stacked(masks: Sequence[Array], like: Any) -> Array:
+    """`[R, B, T]`, be R 0, of masks that are of the shape of `like`."""
+    return np.array(masks, bool).reshape(len(masks), *like.shape)
 
 
 def _sure_cases(cases: Sequence[Case]) -> list[Case]:

@@ -66,6 +66,24 @@ class ExportConfig:
             "(int64, the bits of each token) where layers choose precisions."
         },
     )
+    fold_gates: Literal["auto", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: gates that are always open or always closed on some text are decided once and for all, and "
+            "so are those that skip too rarely to pay for their router and If on this machine, decoding one row (their "
+            "layers are then always executed). none: every gate keeps its If, as those of untrained routers always do."
+        },
+    )
+    always_active: str | None = field(
+        default=None,
+        metadata={"help": "Layers, such as 0-3,7, to execute always, without their gates. Of routed folders."},
+    )
+    always_skipped: str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to skip always, of which only what makes keys and values is kept. Of routed folders."
+        },
+    )
     weights: Literal["fp32", "int8", "int4"] = field(
         default="fp32",
         metadata={
@@ -91,6 +109,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_choice("verify", self.verify, ("full", "none"))
         check_choice("target", self.target, ("ort", "onnx"))
+        check_choice("fold_gates", self.fold_gates, ("auto", "none"))
         check_threshold(self.hard_threshold)
         check_choice("weights", self.weights, ("fp32", *INTEGER_WEIGHTS))
         if self.group_size is not None:

@@ -14,15 +14,17 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
-from modcompile.artifacts import base_files, update_report
+from modcompile.artifacts import base_files, has_trained_routers, update_report
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
 from modcompile.durable_files import write_json
 from modcompile.errors import OutputError, VerificationError
 from modcompile.export.build_model import build_model
+from modcompile.export.decide_folding import DecidedFolding, decide_folding
 from modcompile.export.export_config import ExportConfig
-from modcompile.export.exportable import load_exportable, of_gates
+from modcompile.export.exportable import Exportable, load_exportable, of_gates
+from modcompile.export.folding import UNFOLDED, asked_folding
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import NOT_VERIFIED, Verification, versions
@@ -55,6 +57,8 @@ class ExportResult:
     seconds: dict[str, float]
     num_bytes: int
     """Of the model and its weights."""
+    folding: DecidedFolding | None
+    """None where no gates were to be folded."""
 
     def as_json(self) -> dict[str, Any]:
         """What `report.json` tells."""
@@ -65,14 +69,16 @@ class ExportResult:
             "group_size": rounding and rounding.group_size,
             "bytes": self.num_bytes,
             "seconds": self.seconds,
+            "folding": self.folding and self.folding.as_json(),
             **self.verification.as_json(),
         }
 
     def summary(self) -> str:
-        """Three lines for a person, and one more where weights were rounded; two if nothing was verified."""
+        """Three lines for a person, one less if nothing was verified; more for gates and for rounded weights."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
-        wrote = f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB"
+        gates = f"\n{self.folding.summary()}" if self.folding else ""
+        wrote = f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB{gates}"
         if proved.skipped:
             return f"{wrote}\n{NOT_VERIFIED}; to have it compared, export with --verify full"
         spent = f"active ratio {proved.active_ratio:.3f}"
@@ -112,6 +118,7 @@ def export_folder(
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
+        ConfigError: `config` folds layers that have no gates.
         VerificationError: ONNX Runtime does not compute what PyTorch does, or no input can show that it does.
         OutputError: `output` can't be written, is not ours to replace, or is or holds `source`.
     """
@@ -124,10 +131,26 @@ def export_folder(
         model = of_gates(at_hand, config, texts) if at_hand is not None else load_exportable(source, config, texts)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
         generation = load_generation_config(source, model.config)
+        max_positions = model.max_positions if config.target == "ort" else None
+
+    def build(exportable: Exportable) -> ir.Model:
+        return build_model(exportable.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
+
+    folding = None
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
+        if model.foldable is not None:
+            gates = model.foldable.model.gated_layers
+            asked = asked_folding(config.always_active, config.always_skipped, gates)
+            # What untrained routers do on some text says nothing about what they will do.
+            if config.fold_gates == "auto" and has_trained_routers(source):
+                with _timed("folding gates", seconds):
+                    folding = decide_folding(model.foldable, asked, build, staging)
+            elif asked != UNFOLDED:
+                folding = DecidedFolding(gates, asked)
+            model = model.foldable.fold(folding.folding if folding else UNFOLDED)
         with _timed("lowering to ONNX", seconds):
-            max_positions = model.max_positions if config.target == "ort" else None
-            onnx_model = build_model(model.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
+            onnx_model = build(model)
+            onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=_DATA_FILE)
             write_genai_config(staging, onnx_model, model.config, generation, tokenizer)
@@ -150,7 +173,7 @@ def export_folder(
             f"(no model was left; details in {output / VERIFICATION})"
         )
     num_bytes = sum((output / name).stat().st_size for name in (MODEL_FILE, _DATA_FILE))
-    result = ExportResult(output, config, verification, seconds, num_bytes)
+    result = ExportResult(output, config, verification, seconds, num_bytes, folding)
     update_report(source, "export", result.as_json())
     return result
 

@@ -1,7 +1,8 @@
 """Folders that can be exported, whichever routers they hold."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,8 +10,10 @@ from torch import fx, nn
 from transformers import PretrainedConfig
 
 from modcompile.artifacts import load_with_routers
+from modcompile.errors import ConfigError
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.export_config import ExportConfig, WeightRounding
+from modcompile.export.folding import UNFOLDED, Folding
 from modcompile.export.precision_cases import precision_cases
 from modcompile.export.precision_subject import PrecisionSubject
 from modcompile.export.round_weights import round_weights
@@ -38,6 +41,17 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Foldable:
+    """What has gates that an export may decide once and for all."""
+
+    model: RoutedForCausalLM
+    """Hard."""
+    texts: Rows
+    fold: "Callable[[Folding], Exportable]"
+    """The same with some gates folded."""
+
+
+@dataclass(frozen=True)
 class Exportable:
     """A loaded folder, its weights rounded as it is to be exported."""
 
@@ -46,6 +60,8 @@ class Exportable:
     config: PretrainedConfig
     proof: Proof | None
     """None where nothing is to be verified."""
+    foldable: Foldable | None = None
+    """None where routers choose precisions."""
 
     @property
     def max_positions(self) -> int:
@@ -59,8 +75,14 @@ def load_exportable(source: Path, config: ExportConfig, texts_of: Callable[[Pret
     Raises:
         ArtifactError, CheckpointError: it can't be read.
         UnsupportedModelError: its weights are to be rounded, and are look-up tables in part.
+        ConfigError: gates of a quantized folder are to be folded.
     """
     if holds_precisions(source):
+        if config.always_active is not None or config.always_skipped is not None:
+            raise ConfigError(
+                f"--always_active and --always_skipped are for the gates of routed folders, and {source} is quantized; "
+                "leave them out"
+            )
         return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config, texts_of)
     return of_gates(load_with_routers(source), config, texts_of)
 
@@ -72,18 +94,29 @@ def of_gates(
     model.set_router_mode(config.hard_threshold)
     is_proved, thresholds = config.verify == "full", model.hard_thresholds
     assert thresholds is not None
-    texts = texts_of(model.config) if is_proved else []
-    graph, perplexity = model.hard_graph, None
-    if config.rounding is not None:
-        rows = perplexity_rows(model.config, texts)
+    rounding, gates = config.rounding, model.gated_layers
+    texts = texts_of(model.config) if is_proved or config.fold_gates == "auto" else []
+    rows = perplexity_rows(model.config, texts) if is_proved else []
+    before: float | None = None
+    weights: Mapping[nn.Parameter, PackedWeight] = {}
+    if rounding is not None:
         before = _perplexity(model, rows) if is_proved else None
-        weights = round_weights(model.hard_graph(), rounding=config.rounding)
-        graph, rounded = _on_codes(graph, graph, weights, config.rounding)
-        perplexity = ShippedPerplexity(rows, rounded, before)
-    if not is_proved:
-        return Exportable(graph, model.config, None)
-    subject, cases = DepthSubject(model, perplexity), verification_cases(model, texts, thresholds)
-    return Exportable(graph, model.config, Proof(subject, cases))
+        weights = round_weights(model.hard_graph(), rounding=rounding)
+    cases = verification_cases(model, texts, thresholds) if is_proved else []
+
+    def fold(folding: Folding) -> Exportable:
+        graph: MakeGraph = partial(folding.graph, model)
+        perplexity = None
+        if rounding is not None:
+            graph, rounded = _on_codes(graph, graph, weights, rounding)
+            perplexity = ShippedPerplexity(rows, rounded, before)
+        proof = None
+        if is_proved:
+            forced = [replace(case, thresholds=tuple(folding.thresholds(case.thresholds, gates))) for case in cases]
+            proof = Proof(DepthSubject(model, perplexity, folding), forced)
+        return Exportable(graph, model.config, proof, Foldable(model, texts, fold))
+
+    return fold(UNFOLDED)
 
 
 def _of_precisions(

@@ -1,6 +1,6 @@
 """A `model.onnx` of ours in ONNX Runtime: its session, and what goes in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -17,9 +17,9 @@ class LoadedModel:
     """The session of a file, with the names of its inputs and outputs.
 
     `pasts` has shapes `[B, heads, P, D]`, whose B and P are names; `presents` are in the same order, and `told` is what
-    else the artifact tells than logits and presents. `optional` has the shapes of inputs that need not be fed.
-    `in_place` says whether past and present may share the memory of a cache with room to spare. `device` is where the
-    session computes.
+    else the artifact tells than logits and presents; `metadata` is what it says of itself. `optional` has the shapes of
+    inputs that need not be fed. `in_place` says whether past and present may share the memory of a cache with room to
+    spare. `device` is where the session computes.
 
     Raises:
         ArtifactError: the file is missing, ONNX Runtime can't load it, or it is not one of ours.
@@ -49,7 +49,8 @@ class LoadedModel:
             raise ArtifactError(f"{model_file} has no {name}: it was not made by python -m modcompile.export")
         self.told = [name for name in outputs if name not in (LOGITS, *self.presents)]
         self.takes_positions = POSITION_IDS in inputs
-        self.in_place = self.session.get_modelmeta().custom_metadata_map.get(_CACHE) == _IN_PLACE
+        self.metadata: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
+        self.in_place = self.metadata.get(_CACHE) == _IN_PLACE
         self.device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
 
     def run(self, binding: ort.IOBinding) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from modcompile.export.folded_layers import ALWAYS_ACTIVE, ALWAYS_SKIPPED, told_layers
 from modcompile.export.loaded_model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, LoadedModel
 from modcompile.export.overrides import Overrides
 from modcompile.export.step_binding import Array, Cache, StepBinding
@@ -20,8 +21,9 @@ class RoutedSession(Overrides):
     """An ONNX Runtime session on a `model.onnx` of ours.
 
     `gated_layers` are the layers of each routing mask that the artifact tells, `precision_layers` those whose bits it
-    tells: none if it was exported without --emit_routing. Without `providers`, CUDA is used where this onnxruntime has
-    it, else the CPU; without `num_threads`, ONNX Runtime takes a thread for every core.
+    tells: none if it was exported without --emit_routing. `always_active` and `always_skipped` are layers whose gates
+    were folded: there is neither a mask nor a threshold of them. Without `providers`, CUDA is used where this
+    onnxruntime has it, else the CPU; without `num_threads`, ONNX Runtime takes a thread for every core.
 
     Raises:
         ArtifactError: the file is missing, ONNX Runtime can't load it, or it is not one of ours.
@@ -43,6 +45,9 @@ class RoutedSession(Overrides):
             for prefix in (ROUTING, PRECISION)
         )
         self.precision_layers = tuple(layers.start for layers in precise_layers)
+        self.always_active, self.always_skipped = (
+            told_layers(self.model.metadata, key) for key in (ALWAYS_ACTIVE, ALWAYS_SKIPPED)
+        )
         self.thresholds = thresholds
 
     def empty_cache(self, batch: int, capacity: int = 0) -> Cache:

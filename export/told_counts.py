@@ -16,11 +16,13 @@ class ToldCounts:
     """Active ratio and bits of the steps so far, of tokens that are not padding.
 
     `usage` is None where the artifact has no routing masks, or does not tell them; `bits` is None where it does not
-    choose precisions, or does not tell them.
+    choose precisions, or does not tell them. Layers whose gates were folded count with what they always do.
     """
 
     def __init__(self, session: RoutedSession) -> None:
-        routed_layers = tuple(layer for layers in session.gated_layers for layer in layers)
+        folded = session.always_active | session.always_skipped
+        told = {layer for layers in session.gated_layers for layer in layers}
+        routed_layers = tuple(sorted(told | folded)) if len(session.gated_layers) == session.num_thresholds else ()
         self.usage = RoutingUsage(routed_layers) if routed_layers else None
         self.bits = CountedBits() if session.precision_layers else None
         self._session = session
@@ -29,15 +31,14 @@ class ToldCounts:
         """Add a step: masks or bits `[B, T]` by the output's name, and the mask `[B, T]` of what is a token."""
         mask = torch.from_numpy(tokens)
         if self.usage is not None:
-            masks = [
-                torch.from_numpy(told[f"{ROUTING}{name_of(layers)}"])[..., None]
-                for layers in self._session.gated_layers
-                for _ in layers
-            ]
-            self.usage.update(masks, mask)
+            masks = {layer: torch.ones_like(mask, dtype=torch.bool) for layer in self._session.always_active}
+            masks |= {layer: torch.zeros_like(mask, dtype=torch.bool) for layer in self._session.always_skipped}
+            for layers in self._session.gated_layers:
+                masks |= dict.fromkeys(layers, torch.from_numpy(told[f"{ROUTING}{name_of(layers)}"]))
+            self.usage.update([masks[layer][..., None] for layer in self.usage.layers], mask)
         if self.bits is not None:
-            layers = self._session.precision_layers
-            self.bits.update([torch.from_numpy(told[f"{PRECISION}{layer}"]) for layer in layers], mask)
+            chosen = [told[f"{PRECISION}{layer}"] for layer in self._session.precision_layers]
+            self.bits.update(list(map(torch.from_numpy, chosen)), mask)
 
     def describe(self) -> str:
         """The bits, or the active ratio, in a few words."""

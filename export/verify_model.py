@@ -84,7 +84,7 @@ def _run_cases(subject: Subject, session: RoutedSession, cases: Sequence[Case], 
     if count:
         result.perplexity_torch = TextLoss(sum(loss for loss, _, _ in losses) / count).perplexity
         result.perplexity_onnx = TextLoss(sum(loss for _, loss, _ in losses) / count).perplexity
-    subject.record(result, spent / (tokens_seen * len(branches)))
+    subject.record(result, spent / (tokens_seen * len(branches)) if branches else 0.0)
     for (layer, names), taken in zip(branches.items(), seen, strict=True):
         missing = [name for index, name in enumerate(names) if index not in taken]
         if missing:

@@ -12,6 +12,10 @@ In the order in which they are applied:
 8. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
 9. `fuse_for_onnxruntime`: what ONNX Runtime alone has operators for: attention over a cache, packed products, and more.
 
+For an export that decides gates once and for all, between 6 and 7:
+
+- `fold_gates`: a gate → nothing; its blocks are as they were, or what is left of them when they are skipped.
+
 For blocks of several precisions, in the place of 4 to 7:
 
 - `replace_weights`, `use_precision`, `round_activations`: a block on dequantized weights, on the codes themselves, or

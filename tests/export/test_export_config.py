@@ -63,6 +63,12 @@ def test_refuses_other_weights() -> None:
         ExportConfig(weights=weights)
 
 
+def test_refuses_what_is_no_way_to_fold() -> None:
+    config: Any = {"fold_gates": "some"}
+    with pytest.raises(ConfigError, match=r"^--fold_gates is 'some'; it must be one of auto, none$"):
+        ExportConfig(**config)
+
+
 def test_every_option_explains_itself_and_none_can_be_changed() -> None:
     assert all(field.metadata["help"] for field in dataclasses.fields(ExportConfig))
     config: Any = ExportConfig()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from modcompile.artifacts import read_report, write_routed_folder
+from modcompile.artifacts import read_report, update_report, write_routed_folder
 from modcompile.config import RouterConfig
 from modcompile.errors import ArtifactError, OutputError, UnsupportedModelError, VerificationError
 from modcompile.export import verification, verification_inputs
@@ -24,7 +24,7 @@ from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
-from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_grouped
+from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_grouped, tiny_routed
 from tests.wide_models import wide_model
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -110,6 +110,45 @@ def grouped(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(verification_inputs, "NUM_DECODE_STEPS", 2)  # that saves time
         return export_folder(folder, folder / "onnx", ExportConfig(emit_routing=True))
+
+
+@pytest.mark.parametrize("emit_routing", [False, True])
+def test_folds_gates_that_never_skip_into_a_dense_model(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emit_routing: bool
+) -> None:
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)
+    folder = tmp_path / "routed"
+    write_routed_folder(build_routed(tiny_base(), RouterConfig(router_hidden_size=8)), tokenizer, folder)
+    update_report(folder, "training", {})  # Without it they would be known not to be trained.
+    result = export_folder(folder, folder / "onnx", ExportConfig(emit_routing=emit_routing))
+    assert result.summary().splitlines()[1] == "0 of 3 gates kept, 3 always open, 0 never: the artifact is dense"
+    assert result.verification.passed
+    assert result.verification.active_ratio == 1.0
+    graph = onnx.load(result.output / MODEL_FILE, load_external_data=False).graph
+    assert not [node for node in graph.node if node.op_type == "If"]
+    assert read_report(folder)["export"]["folding"]["always_active"] == ["0", "1", "2"]
+    assert names(result.output) == FILES
+
+
+def test_folds_what_is_asked_for_and_counts_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)
+    config = ExportConfig(emit_routing=True, always_skipped="0")
+    result = export_folder(folder, tmp_path / "onnx", config)
+    assert result.verification.passed
+    assert result.verification.compared_routes == result.verification.compared_tokens
+    model = tiny_routed("straight_through")
+    session = RoutedSession(result.output / MODEL_FILE, providers=["CPUExecutionProvider"])
+    assert session.num_thresholds == 1
+    assert session.gated_layers == (range(2, 3),)
+    prompt = torch.tensor([[5, 6, 7, 200, 3, 41, 17]])
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    generation = generate(session, prompt, options)
+    model.set_router_mode([2.0, 0.5])
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options)
+    assert torch.equal(generation.sequence, expected)
+    assert generation.usage is not None
+    assert generation.usage.active_ratio_per_layer == model.active_ratio_per_layer
+    assert model.active_ratio_per_layer[0] == 0.0
 
 
 def test_proves_gates_that_layers_share_and_counts_each_layer(grouped: ExportResult) -> None:

@@ -132,7 +132,16 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         main(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag in ("--target", "--hard_threshold", "--emit_routing", "--output_dir", "--overwrite_output_dir", "folder"):
+    for flag in (
+        "--target",
+        "--hard_threshold",
+        "--emit_routing",
+        "--fold_gates",
+        "none",
+        "--output_dir",
+        "--overwrite_output_dir",
+        "folder",
+    ):
         assert flag in text
     assert "at run time. (default: 0.5)" in text
 

@@ -112,7 +112,7 @@ _TRAINING = {
     "output_dir": "None",
     "overwrite_output_dir": "False",
 }
-_EXPORT = {"hard_threshold": "0.5", "emit_routing": "False"}
+_EXPORT = {"hard_threshold": "0.5", "emit_routing": "False", "fold_gates": "auto", "always_active": "None"}
 _COMMANDS: dict[str, dict[str, str]] = {
     "modcompile.rewrite": {**_ROUTER, **_TRAINING, **_EXPORT, "export": "False"},
     "modcompile.train": {**_ROUTER, **_TRAINING},

@@ -1,0 +1,84 @@
+"""Gates that an export decides once and for all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import fx
+
+from modcompile.errors import ConfigError
+from modcompile.export.folded_layers import ALWAYS_ACTIVE, ALWAYS_SKIPPED, layers_in, names_of
+from modcompile.layer_ranges import name_of
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.passes import harden_gates, lower_gates
+from modcompile.passes.fold_gates import fold_gates
+
+_EXECUTING, _SKIPPING = 0.0, 2.0  # thresholds
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Folding:
+    """By their layers, the gates that are always open, and those that are always closed."""
+
+    active: tuple[range, ...] = ()
+    skipped: tuple[range, ...] = ()
+
+    def kept(self, values: Sequence[_T], gates: Sequence[range]) -> list[_T]:
+        """Of a value for each of a model's gates, those of gates that are left."""
+        folded = {*self.active, *self.skipped}
+        return [value for value, layers in zip(values, gates, strict=True) if layers not in folded]
+
+    def thresholds(self, values: Sequence[float], gates: Sequence[range]) -> list[float]:
+        """Thresholds, one for each of a model's gates, at which it does what the artifact does at the ones given."""
+        forced = dict.fromkeys(self.active, _EXECUTING) | dict.fromkeys(self.skipped, _SKIPPING)
+        return [forced.get(layers, value) for value, layers in zip(values, gates, strict=True)]
+
+    def graph(self, model: RoutedForCausalLM) -> fx.GraphModule:
+        """The lowered graph of a hard model, at its thresholds."""
+        assert model.hard_thresholds is not None
+        gm = lower_gates(fold_gates(harden_gates(model.graph), self.active, self.skipped))
+        for index, threshold in enumerate(self.kept(model.hard_thresholds, model.gated_layers)):
+            gm.get_buffer("routing_threshold")[index] = threshold
+        return gm
+
+    def metadata(self) -> dict[str, str]:
+        """What an artifact tells of it."""
+        told = {ALWAYS_ACTIVE: names_of(self.active), ALWAYS_SKIPPED: names_of(self.skipped)}
+        return {key: names for key, names in told.items() if names}
+
+
+UNFOLDED = Folding()
+
+
+def asked_folding(always_active: str | None, always_skipped: str | None, gates: Sequence[range]) -> Folding:
+    """The gates whose layers are named, in lists such as `0-3,7`.
+
+    Raises:
+        ConfigError: a list is none, or names a layer without a gate, some but not all layers of a gate, or a layer that
+            the other names, too.
+    """
+    active = _named("always_active", always_active, gates)
+    skipped = _named("always_skipped", always_skipped, gates)
+    for layers in active:
+        if layers in skipped:
+            raise ConfigError(f"--always_active and --always_skipped both name layer {layers[0]}; take one of them")
+    return Folding(active, skipped)
+
+
+def _named(flag: str, text: str | None, gates: Sequence[range]) -> tuple[range, ...]:
+    if text is None:
+        return ()
+    try:
+        named = set(layers_in(text))
+    except ValueError as error:
+        raise ConfigError(f"--{flag} is {text!r}; give layers, such as 0-3,7") from error
+    routed = {layer for layers in gates for layer in layers}
+    for layer in sorted(named - routed):
+        raise ConfigError(f"--{flag} names layer {layer}, which has no gate; gates have {names_of(gates)}")
+    found = tuple(layers for layers in gates if named & set(layers))
+    for layers in found:
+        for layer in sorted(set(layers) - named):
+            raise ConfigError(f"--{flag} leaves out layer {layer} of {name_of(layers)}, which share a gate; name all")
+    return found
