@@ -11,7 +11,7 @@ class ExportConfig:
     """How a folder is exported.
 
     Raises:
-        ConfigError: the target is unknown, or the threshold negative, infinite or not a number.
+        ConfigError: the target or the prefill is unknown, or the threshold negative, infinite or not a number.
     """
 
     target: Literal["ort", "onnx"] = field(
@@ -19,6 +19,14 @@ class ExportConfig:
         metadata={
             "help": "ort: fused operators that ONNX Runtime alone has, and a cache that is updated in place. onnx: "
             "operators of the ONNX standard."
+        },
+    )
+    prefill: Literal["mask", "compact"] = field(
+        default="mask",
+        metadata={
+            "help": "How a block that some tokens of a prompt need is executed. mask: for all tokens, and those that "
+            "skip it keep what they had. compact: the projections after attention and the MLP only for the tokens that "
+            "need it; a decode step is then a little slower."
         },
     )
     hard_threshold: float = field(
@@ -35,4 +43,5 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_choice("target", self.target, ("ort", "onnx"))
+        check_choice("prefill", self.prefill, ("mask", "compact"))
         check_threshold(self.hard_threshold)

@@ -87,7 +87,12 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         with _timed("lowering to ONNX", seconds):
             max_positions = model.max_positions if config.target == "ort" else None
-            onnx_model = build_model(model.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
+            onnx_model = build_model(
+                model.graph(),
+                emit_routing=config.emit_routing,
+                max_positions=max_positions,
+                compact=config.prefill == "compact",
+            )
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
             write_genai_config(staging, onnx_model, model.config, generation, tokenizer)

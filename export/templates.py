@@ -18,7 +18,7 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
-from modcompile.export import attention_translation, norm_translation, quantized_translation
+from modcompile.export import attention_translation, norm_translation, open_tokens_translation, quantized_translation
 from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
 from modcompile.export.quiet_exporter import quiet_exporter
@@ -27,7 +27,12 @@ from modcompile.passes.extract_subgraph import get_attribute
 DOMAIN = "modcompile"
 OPSET = 23
 
-_TRANSLATIONS = attention_translation.TRANSLATIONS | norm_translation.TRANSLATIONS | quantized_translation.TRANSLATIONS
+_TRANSLATIONS = (
+    attention_translation.TRANSLATIONS
+    | norm_translation.TRANSLATIONS
+    | open_tokens_translation.TRANSLATIONS
+    | quantized_translation.TRANSLATIONS
+)
 
 Example = tuple[torch.Tensor, torch.Tensor]
 """One tensor at two sets of sizes: the dimensions in which they differ are dynamic."""

@@ -19,8 +19,14 @@ def test_refuses_what_is_no_threshold(threshold: float) -> None:
         ExportConfig(hard_threshold=threshold)
 
 
+def test_refuses_an_unknown_prefill() -> None:
+    config: Any = {"prefill": "sparse"}
+    with pytest.raises(ConfigError, match=r"^--prefill is 'sparse'; "):
+        ExportConfig(**config)
+
+
 def test_defaults_to_a_half_and_to_no_outputs_of_ours() -> None:
-    assert ExportConfig() == ExportConfig(hard_threshold=0.5, emit_routing=False)
+    assert ExportConfig() == ExportConfig(target="ort", prefill="mask", hard_threshold=0.5, emit_routing=False)
 
 
 def test_every_option_explains_itself_and_none_can_be_changed() -> None:
