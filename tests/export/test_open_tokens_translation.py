@@ -1,3 +1,5 @@
+from typing import Any
+
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -15,7 +17,7 @@ from tests.tiny_graphs import random_routers, shared_model
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
 MAX_POSITIONS = 128
-_WIDE = {
+_WIDE: dict[str, Any] = {
     "hidden_size": HIDDEN_SIZE,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
