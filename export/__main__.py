@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modcompile.artifacts import update_report
 from modcompile.cli import run
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
 from modcompile.flags import parse_flags
+from modcompile.stages import ProfileConfig, profiled
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,17 @@ class _Output:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and export."""
-    config, output, folder = parse_flags(
+    config, output, profile, name = parse_flags(
         "modcompile.export",
         __doc__,
         ("folder", "A routed folder (modcompile.rewrite, modcompile.train) or a quantized one (modcompile.quantize)."),
-        (ExportConfig, _Output),
+        (ExportConfig, _Output, ProfileConfig),
         argv,
     )
-    target = Path(output.output_dir) if output.output_dir else Path(folder) / "onnx"
-    print(export_folder(Path(folder), target, config, overwrite=output.overwrite_output_dir).summary())
+    folder = Path(name)
+    target = Path(output.output_dir) if output.output_dir else folder / "onnx"
+    with profiled(profile, lambda costs: update_report(folder, "profile", costs)):
+        print(export_folder(folder, target, config, overwrite=output.overwrite_output_dir).summary())
 
 
 if __name__ == "__main__":

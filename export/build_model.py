@@ -24,6 +24,7 @@ from modcompile.passes.compact_tokens import compact_tokens
 from modcompile.passes.fuse_for_onnxruntime import fuse_for_onnxruntime
 from modcompile.passes.keep_last_logits import LOGITS_TO_KEEP, keep_last_logits
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, gated_layers
+from modcompile.stages import stage
 
 IR_VERSION = 11
 ROUTING_THRESHOLD, PRECISION_BIAS = "routing_threshold", "precision_bias"
@@ -85,7 +86,7 @@ def build_model(
     functions = list(composer.functions.values())
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="modcompile", functions=functions)
     model.metadata_props.update(metadata)
-    with quiet_exporter():
+    with stage("running ONNX passes"), quiet_exporter():
         ir.passes.Sequential(
             common_passes.InlinePass(),
             PretransposeWeights(),

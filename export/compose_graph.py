@@ -30,11 +30,13 @@ from torch import fx, nn
 
 from modcompile.export.quantized_translation import DOMAIN as CONTRIB_DOMAIN
 from modcompile.export.quantized_translation import VERSION as CONTRIB_VERSION
-from modcompile.export.templates import DOMAIN, OPSET, Example, Template, export_template
+from modcompile.export.templates import DOMAIN, export_templates
+from modcompile.export.translate_modules import OPSET, Example, Specimen, specimen
 from modcompile.passes.code_key import code_key
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.keep_last_logits import LAST_TOKENS
 from modcompile.passes.outlined_form import is_group
+from modcompile.stages import stage
 
 _COND = torch.ops.higher_order.cond
 
@@ -47,19 +49,32 @@ class Operand:
     example: Example
 
 
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of modules with the same code: one of the modules; node, module and path of each call."""
+
+    specimen: Specimen
+    made: list[tuple[ir.Node, nn.Module, str]] = field(default_factory=list)
+
+
 @dataclass
 class Composer:
     """Builds ONNX nodes; collects the functions that they call and the initializers that they read."""
 
     functions: dict[str, ir.Function] = field(default_factory=dict)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
-    _templates: dict[tuple[Any, ...], Template] = field(default_factory=dict)
+    _calls: dict[tuple[Any, ...], _Calls] = field(default_factory=dict)
     _tensors: dict[int, ir.Value] = field(default_factory=dict)
 
-    def compose(
-        self, gm: fx.GraphModule, inputs: Sequence[Operand], path: str = ""
-    ) -> tuple[list[ir.Node], list[Operand]]:
-        """The nodes of `gm` on `inputs`, and what it returns; `path` is where `gm` stands in the whole model."""
+    @stage("composing")
+    def compose(self, gm: fx.GraphModule, inputs: Sequence[Operand]) -> tuple[list[ir.Node], list[Operand]]:
+        """The nodes of `gm` on `inputs`, and what it returns."""
+        composed = self._compose(gm, inputs, "")
+        self._connect_calls()
+        return composed
+
+    def _compose(self, gm: fx.GraphModule, inputs: Sequence[Operand], path: str) -> tuple[list[ir.Node], list[Operand]]:
+        """The same, with calls that have no parameters yet; `path` is where `gm` stands in the whole model."""
         nodes: list[ir.Node] = []
         env: dict[fx.Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
         for node in gm.graph.nodes:
@@ -83,24 +98,37 @@ class Composer:
 
     def _call(self, module: nn.Module, args: list[Operand], path: str) -> tuple[list[ir.Node], list[Operand]]:
         if isinstance(module, fx.GraphModule) and (is_group(module) or _has_cond(module)):
-            return self.compose(module, args, path)
+            return self._compose(module, args, path)
         sizes = tuple((first.shape, second.shape, first.dtype) for first, second in (arg.example for arg in args))
         key = (code_key(module), sizes)
-        if key not in self._templates:
+        if key not in self._calls:
             name = path.rstrip(".").replace(".", "_")
-            self._templates[key] = export_template(module, [arg.example for arg in args], name)
-            self.functions[name] = self._templates[key].function
-        template = self._templates[key]
-        state = [self._initializer(get_attribute(module, name), f"{path}{name}") for name in template.state]
-        constants = [self._constant(value, template.function.name) for value in template.constants]
+            self._calls[key] = _Calls(specimen(name, module, [arg.example for arg in args]))
+        calls = self._calls[key]
+        outputs = calls.specimen.outputs
         node = ir.Node(
             DOMAIN,
-            template.function.name,
-            [*(arg.value for arg in args), *state, *constants],
-            outputs=_values(path, len(template.outputs)),
+            calls.specimen.name,
+            [arg.value for arg in args],
+            outputs=_values(path, len(outputs)),
             name=path.rstrip("."),
         )
-        return [node], [Operand(*pair) for pair in zip(node.outputs, template.outputs, strict=True)]
+        calls.made.append((node, module, path))
+        return [node], [Operand(*pair) for pair in zip(node.outputs, outputs, strict=True)]
+
+    def _connect_calls(self) -> None:
+        """Export what is called, all of it at once, and give the calls the parameters and constants that it takes."""
+        templates = export_templates([calls.specimen for calls in self._calls.values()])
+        for calls, template in zip(self._calls.values(), templates, strict=True):
+            name = template.function.name
+            self.functions[name] = template.function
+            constants = [self._constant(value, name) for value in template.constants]
+            for node, module, path in calls.made:
+                state = [self._initializer(get_attribute(module, name), f"{path}{name}") for name in template.state]
+                taken = len(node.inputs)
+                node.resize_inputs(taken + len(state) + len(constants))
+                for index, value in enumerate((*state, *constants), taken):
+                    node.replace_input_with(index, value)
 
     def _if(
         self, gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any], path: str

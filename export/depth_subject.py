@@ -7,9 +7,11 @@ import numpy as np
 import onnx_ir as ir
 
 from modcompile.export.compare_in_double import errors_to_double
+from modcompile.export.float_activations import FloatActivations
 from modcompile.export.overrides import THRESHOLD_INPUT
 from modcompile.export.paired_steps import largest
 from modcompile.export.session import RoutedSession
+from modcompile.export.shipped_perplexity import ShippedPerplexity
 from modcompile.export.step_binding import Array
 from modcompile.export.tell_routes import TellRoutes
 from modcompile.export.verification import Verification
@@ -21,9 +23,11 @@ from modcompile.modeling import RoutedForCausalLM
 class DepthSubject:
     """For `verify_model`; each of its methods does what `Subject` says."""
 
-    def __init__(self, model: RoutedForCausalLM) -> None:
+    def __init__(self, model: RoutedForCausalLM, perplexity: ShippedPerplexity | None = None) -> None:
+        """`perplexity` is for an artifact with integer weights."""
         self._model = model
         self._before = model.hard_thresholds
+        self._perplexity = perplexity
         self._shipped: Array = np.zeros(0)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
@@ -44,6 +48,7 @@ class DepthSubject:
         self._model.set_router_mode(self._before)
 
     def tell(self, model: ir.Model) -> None:
+        FloatActivations()(model)
         TellRoutes(self._model.gated_layers)(model)
 
     def torch_routes(self, output: Any) -> Array:
@@ -54,12 +59,18 @@ class DepthSubject:
         return np.stack(masks), [int(mask.any()) for mask in masks]
 
     def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
-        self._shipped = _first_row_logits(shipped, cases[0])
+        if self._perplexity is None:
+            self._shipped = _first_row_logits(shipped, cases[0])
+        else:
+            self._perplexity.measure(shipped, _sure_cases(cases), self.force)
 
     def compare_shipped(self, telling: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
-        """The logits of the first row must be those of the graph that tells."""
-        telling.thresholds = cases[0].thresholds
-        result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, cases[0]))
+        """The logits of the first row must be those of the graph that tells, but for rounded activations."""
+        if self._perplexity is None:
+            telling.thresholds = cases[0].thresholds
+            result.cases["as shipped"] = largest(self._shipped - _first_row_logits(telling, cases[0]))
+        else:
+            self._perplexity.compare(telling, _sure_cases(cases), self.force, result, has_gates=True)
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         """Against float64."""
@@ -70,6 +81,11 @@ class DepthSubject:
 
     def record(self, result: Verification, spent: float) -> None:
         result.active_ratio = spent
+
+
+def _sure_cases(cases: Sequence[Case]) -> list[Case]:
+    """The artifact's own decisions, and those forced ones that no rounding can turn."""
+    return [cases[0], *(case for case in cases[1:] if all(not 0 < threshold < 1 for threshold in case.thresholds))]
 
 
 def _first_row_logits(session: RoutedSession, case: Case) -> Array:

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import onnx_ir as ir
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from modcompile.artifacts import base_files, update_report
 from modcompile.checkpoint_sources import find_checkpoint
@@ -23,15 +25,17 @@ from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import load_exportable
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.session import MODEL_FILE
-from modcompile.export.verification import Verification
+from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
 from modcompile.quantized_folder import QUANTIZATION_CONFIG
 from modcompile.sampling import load_generation_config
+from modcompile.stages import stage
 
 VERIFICATION = "verification.json"
+_DATA_FILE = f"{MODEL_FILE}.data"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
@@ -45,30 +49,56 @@ class ExportResult:
     """What an export wrote and proved, and the seconds that its stages took."""
 
     output: Path
+    config: ExportConfig
     verification: Verification
     seconds: dict[str, float]
+    num_bytes: int
+    """Of the model and its weights."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `report.json` tells."""
+        rounding = self.config.rounding
+        return {
+            "output": str(self.output),
+            "weights": self.config.weights,
+            "group_size": rounding and rounding.group_size,
+            "bytes": self.num_bytes,
+            "seconds": self.seconds,
+            **self.verification.as_json(),
+        }
 
     def summary(self) -> str:
-        """Three lines for a person."""
+        """Three lines for a person, and one more where weights were rounded; two if nothing was verified."""
         proved = self.verification
         stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in self.seconds.items())
+        wrote = f"wrote {self.output} ({stages}), {self.num_bytes / 1e6:.1f} MB"
+        if proved.skipped:
+            return f"{wrote}\n{NOT_VERIFIED}; to have it compared, export with --verify full"
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
+        rounding = self.config.rounding
+        lost = ""
+        if rounding is not None:
+            lost = (
+                f"\n{self.config.weights} weights in groups of {rounding.group_size}: on longer texts perplexity "
+                f"{proved.perplexity_rounded['onnx']:.3f} as shipped, {proved.perplexity_unrounded:.3f} before rounding"
+            )
         return (
-            f"wrote {self.output} ({stages})\n"
+            f"{wrote}\n"
             f"verified on {proved.compared_tokens:,} tokens: logits differ by at most "
             f"{proved.max_logit_difference:.1e}, {proved.equal_routes:.2%} of {proved.compared_routes:,} routes are "
             "equal, every branch of every If was seen\n"
             f"on these texts perplexity {proved.perplexity_torch:.3f} in PyTorch, {proved.perplexity_onnx:.3f} in "
-            f"ONNX Runtime, {spent}"
+            f"ONNX Runtime, {spent}{lost}"
         )
 
 
 def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite: bool = False) -> ExportResult:
     """Export the routed or quantized folder `source` to `output`.
 
-    `output` appears only once the artifact is verified. If it is not, `output` holds nothing but `verification.json`.
+    `output` appears only once the artifact is verified, unless `config` wants it unproved. If it differs from PyTorch,
+    `output` holds nothing but `verification.json`.
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
@@ -80,10 +110,9 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
-        model = load_exportable(source, config)
+        model = load_exportable(source, config, partial(_texts, source))
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
         generation = load_generation_config(source, model.config)
-        subject, cases = model.verification(_texts(model.config, tokenizer))
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         with _timed("lowering to ONNX", seconds):
             max_positions = model.max_positions if config.target == "ort" else None
@@ -94,30 +123,35 @@ def export_folder(source: Path, output: Path, config: ExportConfig, *, overwrite
                 compact=config.prefill == "compact",
             )
         with _timed("writing the ONNX model", seconds):
-            ir.save(onnx_model, staging / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+            ir.save(onnx_model, staging / MODEL_FILE, external_data=_DATA_FILE)
             write_genai_config(staging, onnx_model, model.config, generation, tokenizer)
             del onnx_model
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:
                     shutil.copyfile(file, staging / file.name)
-        with _timed("verifying", seconds):
-            verification = verify_model(subject, staging, cases)
-        if not verification.passed:
+        if model.proof is None:
+            verification = Verification(skipped=True, versions=versions())
+        else:
+            with _timed("verifying", seconds):
+                verification = verify_model(model.proof.subject, staging, model.proof.cases)
+        if verification.failures:
             for file in list(staging.iterdir()):
                 file.unlink()
         write_json(staging / VERIFICATION, verification.as_json())
-    if not verification.passed:
+    if verification.failures:
         raise VerificationError(
             f"the exported model does not compute what PyTorch does: {'; '.join(verification.failures)} "
             f"(no model was left; details in {output / VERIFICATION})"
         )
-    result = ExportResult(output, verification, seconds)
-    update_report(source, "export", {"output": str(output), "seconds": seconds, **verification.as_json()})
+    num_bytes = sum((output / name).stat().st_size for name in (MODEL_FILE, _DATA_FILE))
+    result = ExportResult(output, config, verification, seconds, num_bytes)
+    update_report(source, "export", result.as_json())
     return result
 
 
-def _texts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[Sequence[int]]:
+def _texts(source: Path, config: PretrainedConfig) -> Sequence[Sequence[int]]:
     """Rows of held-out English, or of random tokens for a model without a tokenizer."""
+    tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
     if tokenizer is not None:
         with quiet_transformers():  # The text is longer than the model's positions, its parts are not.
             tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids
@@ -129,8 +163,8 @@ def _texts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) 
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = perf_counter()
-    with show_elapsed(stage):
+    with stage(name), show_elapsed(name):
         yield
-    seconds[stage] = round(perf_counter() - start, 2)
+    seconds[name] = round(perf_counter() - start, 2)

@@ -1,36 +1,51 @@
 """Folders that can be exported, whichever routers they hold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import fx
+import torch
+from torch import fx, nn
 from transformers import PretrainedConfig
 
 from modcompile.artifacts import load_with_routers
 from modcompile.export.depth_subject import DepthSubject
-from modcompile.export.export_config import ExportConfig
+from modcompile.export.export_config import ExportConfig, WeightRounding
 from modcompile.export.precision_cases import precision_cases
 from modcompile.export.precision_subject import PrecisionSubject
+from modcompile.export.round_weights import round_weights
+from modcompile.export.shipped_perplexity import Rows, ShippedPerplexity, perplexity, perplexity_rows, token_losses
 from modcompile.export.subject import Subject
 from modcompile.export.verification_inputs import Case, verification_cases
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.passes.quantize_weights import quantize_weights
+from modcompile.passes.round_activations import round_activations
 from modcompile.precision_folder import holds_precisions
+from modcompile.precisions import PackedWeight
 
-Texts = Sequence[Sequence[int]]
+MakeGraph = Callable[[], fx.GraphModule]
 
 _MAX_POSITIONS = 32768  # of a model that sets itself no limit
 
 
 @dataclass(frozen=True)
-class Exportable:
-    """A loaded folder."""
+class Proof:
+    """What `verify_model` takes."""
 
-    config: PretrainedConfig
-    graph: Callable[[], fx.GraphModule]
+    subject: Subject
+    cases: list[Case]
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A loaded folder, its weights rounded as it is to be exported."""
+
+    graph: MakeGraph
     """What is lowered to ONNX."""
-    verification: Callable[[Texts], tuple[Subject, list[Case]]]
-    """From 8 rows of token ids to what `verify_model` takes."""
+    config: PretrainedConfig
+    proof: Proof | None
+    """None where nothing is to be verified."""
 
     @property
     def max_positions(self) -> int:
@@ -38,30 +53,68 @@ class Exportable:
         return int(getattr(self.config, "max_position_embeddings", _MAX_POSITIONS))
 
 
-def load_exportable(source: Path, config: ExportConfig) -> Exportable:
-    """Read a routed or quantized folder to export it.
+def load_exportable(source: Path, config: ExportConfig, texts_of: Callable[[PretrainedConfig], Rows]) -> Exportable:
+    """Read a routed or quantized folder to export it; `texts_of` gives 8 rows of token ids for its configuration.
 
     Raises:
         ArtifactError, CheckpointError: it can't be read.
-        ConfigError: the threshold is negative, infinite or not a number.
+        UnsupportedModelError: its weights are to be rounded, and are look-up tables in part.
     """
     if holds_precisions(source):
-        return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config.hard_threshold)
-    model = load_with_routers(source, config.hard_threshold)
-    thresholds = model.hard_thresholds
+        return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config, texts_of)
+    return _of_gates(load_with_routers(source, config.hard_threshold), config, texts_of)
+
+
+def _of_gates(
+    model: RoutedForCausalLM, config: ExportConfig, texts_of: Callable[[PretrainedConfig], Rows]
+) -> Exportable:
+    is_proved, thresholds = config.verify == "full", model.hard_thresholds
     assert thresholds is not None
-    return Exportable(
-        model.config,
-        model.hard_graph,
-        lambda texts: (DepthSubject(model), verification_cases(model, texts, thresholds)),
+    texts = texts_of(model.config) if is_proved else []
+    graph, perplexity = model.hard_graph, None
+    if config.rounding is not None:
+        rows = perplexity_rows(model.config, texts)
+        before = _perplexity(model, rows) if is_proved else None
+        weights = round_weights(model.hard_graph(), rounding=config.rounding)
+        graph, rounded = _on_codes(graph, graph, weights, config.rounding)
+        perplexity = ShippedPerplexity(rows, rounded, before)
+    if not is_proved:
+        return Exportable(graph, model.config, None)
+    subject, cases = DepthSubject(model, perplexity), verification_cases(model, texts, thresholds)
+    return Exportable(graph, model.config, Proof(subject, cases))
+
+
+def _of_precisions(
+    model: LayerwiseQuantizeForCausalLM, config: ExportConfig, texts_of: Callable[[PretrainedConfig], Rows]
+) -> Exportable:
+    if model.depth_routers:
+        model.set_hard_threshold(config.hard_threshold)
+    is_proved = config.verify == "full"
+    texts = texts_of(model.config) if is_proved else []
+    rows = perplexity_rows(model.config, texts)
+    graph, rounded, before = model.export_graph, model.rounded_graph, None
+    if config.rounding is not None:
+        before = _perplexity(model, rows) if is_proved else None
+        whole = graph()
+        # Blocks have their precisions, of which 16 bits are the original weights.
+        ends = [whole.get_submodule(name) for name in ("prologue", "epilogue")]
+        weights = round_weights(*ends, rounding=config.rounding)
+        graph, rounded = _on_codes(graph, rounded, weights, config.rounding)
+    if not is_proved:
+        return Exportable(graph, model.config, None)
+    subject = PrecisionSubject(model, ShippedPerplexity(rows, rounded, before), config.hard_threshold)
+    return Exportable(graph, model.config, Proof(subject, precision_cases(model, texts, config.hard_threshold)))
+
+
+def _on_codes(
+    graph: MakeGraph, rounded: MakeGraph, weights: Mapping[nn.Parameter, PackedWeight], rounding: WeightRounding
+) -> tuple[MakeGraph, MakeGraph]:
+    """What makes the graph that is exported, and the one that rounds the inputs of those weights, too."""
+    return (
+        lambda: quantize_weights(graph(), weights),
+        lambda: round_activations(rounded(), set(weights), rounding.group_size),
     )
 
 
-def _of_precisions(model: LayerwiseQuantizeForCausalLM, hard_threshold: float) -> Exportable:
-    if model.depth_routers:
-        model.set_hard_threshold(hard_threshold)
-
-    def verification(texts: Texts) -> tuple[Subject, list[Case]]:
-        return PrecisionSubject(model, texts, hard_threshold), precision_cases(model, texts, hard_threshold)
-
-    return Exportable(model.config, model.export_graph, verification)
+def _perplexity(model: RoutedForCausalLM | LayerwiseQuantizeForCausalLM, rows: Rows) -> float:
+    return perplexity(token_losses(lambda row: model(torch.tensor([row])).logits, rows))

@@ -1,8 +1,14 @@
 """Huge pages for the weights of a session, on Linux.
 
 A decode step reads every weight once, and with pages of 4 KiB the processor looks up the address of each. Measured on a
-LLaMA of 135 million parameters in 4 bits (90 MB, 120 MB as ONNX Runtime packs it) with a prompt of 64 tokens and 64 new
-ones, in a fresh process each time: PLACEHOLDER.
+LLaMA of 135 million parameters in 4 bits (86 MB, of which ONNX Runtime keeps some 116 MB packed), 64 tokens after a
+prompt of 64, in turn and each time in a fresh process, while others kept the machine busy:
+
+    one thread, milliseconds of processor time a token, median of 5 rounds: 11.4 without, 10.3 with (10 % less)
+    two threads, tokens per second, median of 3 rounds: 20 without, 24 with
+    memory in use: 412 MiB with and without
+
+It takes 0.1 s where memory is in large pieces, and up to 0.7 s where the kernel has to make some.
 """
 
 import ctypes

@@ -1,12 +1,6 @@
-"""The verification of a model that chooses precisions: routes are the bits of each token.
+"""The verification of a model that chooses precisions: routes are the bits of each token."""
 
-It has two parts, as rounding activations to 8 bits, which is what makes an artifact fast, amplifies the last digit of a
-float to a step of an integer: two sound runtimes (or one, with another order of sums) then differ as much as either
-does from the model without rounding. So the artifact's graph is compared with PyTorch logit by logit and route by route
-on activations that are not rounded; and the artifact as it is by its perplexity, with PyTorch rounding alike.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,29 +10,21 @@ import torch
 from modcompile.export.float_activations import FloatActivations
 from modcompile.export.overrides import BIAS_INPUT, THRESHOLD_INPUT
 from modcompile.export.session import RoutedSession
+from modcompile.export.shipped_perplexity import ShippedPerplexity
 from modcompile.export.step_binding import Array
 from modcompile.export.tell_branches import TellBranches
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import Case
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
-from modcompile.text_loss import TextLoss
-
-SHIPPED_LENGTH = 192
-"""Tokens of each row by which the perplexity of the artifact as it is is measured."""
-_FORCED_ROWS = 2
 
 
 class PrecisionSubject:
     """For `verify_model`; each of its methods does what `Subject` says."""
 
-    def __init__(
-        self, model: LayerwiseQuantizeForCausalLM, texts: Sequence[Sequence[int]], hard_threshold: float
-    ) -> None:
+    def __init__(self, model: LayerwiseQuantizeForCausalLM, shipped: ShippedPerplexity, hard_threshold: float) -> None:
         self._model = model
+        self._shipped = shipped
         self._threshold = hard_threshold
-        longest = min(SHIPPED_LENGTH, getattr(model.config, "max_position_embeddings", None) or SHIPPED_LENGTH)
-        self._rows = [list(row[:longest]) for row in texts]
-        self._losses: dict[str, TextLoss] = {}
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self._model.infer_forward(*inputs, **options)
@@ -98,38 +84,11 @@ class PrecisionSubject:
         return np.stack(routes), taken
 
     def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
-        """The cross-entropy of longer rows, as the artifact is; and of fewer for each way to force its decisions."""
-
-        def logits(row: list[int]) -> torch.Tensor:
-            ids = np.array([row])
-            mask = np.ones_like(ids)
-            return torch.from_numpy(shipped.run(ids, mask, mask.cumsum(1) - 1, shipped.empty_cache(1))[0])
-
-        own, *forced = _decisions(cases)
-        self._losses = {own.name: _text_loss(logits, self._rows)}
-        for case in forced:
-            self.force(shipped, case)
-            self._losses[case.name] = _text_loss(logits, self._rows[:_FORCED_ROWS])
+        self._shipped.measure(shipped, cases, self.force)
 
     def compare_shipped(self, telling: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
-        """The same in PyTorch, rounding alike."""
-
-        def logits(row: list[int]) -> torch.Tensor | None:
-            return self._model.infer_forward(torch.tensor([row])).logits
-
-        own, *forced = _decisions(cases)
-        self.force(telling, own)
-        self._model.round_activations(enabled=True)
-        perplexities = {own.name: self._both(own, _text_loss(logits, self._rows))}
-        for case in forced:
-            self.force(telling, case)
-            perplexities[case.name] = self._both(case, _text_loss(logits, self._rows[:_FORCED_ROWS]))
-        self._model.round_activations(enabled=False)
-        result.perplexity_rounded = perplexities.pop(own.name)
-        result.perplexities_forced = perplexities
-
-    def _both(self, case: Case, of_torch: TextLoss) -> dict[str, float]:
-        return {"torch": of_torch.perplexity, "onnx": self._losses[case.name].perplexity}
+        has_gates = bool(self._model.depth_routers)
+        self._shipped.compare(telling, cases, self.force, result, has_gates=has_gates)
 
     def arbitrate(self, session: RoutedSession, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         """None."""
@@ -140,21 +99,3 @@ class PrecisionSubject:
 
     def record(self, result: Verification, spent: float) -> None:
         result.average_bits = spent
-
-
-def _decisions(cases: Sequence[Case]) -> list[Case]:
-    """A case for each way to decide, the artifact's own first."""
-    found: dict[Any, Case] = {}
-    for case in cases:
-        found.setdefault((case.thresholds, case.precision_bias), case)
-    return list(found.values())
-
-
-def _text_loss(logits_of: Callable[[list[int]], torch.Tensor | None], rows: Sequence[list[int]]) -> TextLoss:
-    """Over all predicted tokens of the rows."""
-    total = 0.0
-    for row in rows:
-        logits = logits_of(row)
-        assert logits is not None
-        total += float(torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(row[1:]), reduction="sum"))
-    return TextLoss(total / sum(len(row) - 1 for row in rows))

@@ -10,37 +10,25 @@ Export time then hardly grows with the depth of the model.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
-import torch
-from torch import nn
 
-from modcompile.export import attention_translation, norm_translation, open_tokens_translation, quantized_translation
 from modcompile.export.fold_any import FoldAny
 from modcompile.export.fold_shapes import FoldShapes
 from modcompile.export.quiet_exporter import quiet_exporter
-from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.export.translate_modules import Specimen, translate_modules
+from modcompile.stages import stage
 
 DOMAIN = "modcompile"
-OPSET = 23
 
-_TRANSLATIONS = (
-    attention_translation.TRANSLATIONS
-    | norm_translation.TRANSLATIONS
-    | open_tokens_translation.TRANSLATIONS
-    | quantized_translation.TRANSLATIONS
-)
-
-Example = tuple[torch.Tensor, torch.Tensor]
-"""One tensor at two sets of sizes: the dimensions in which they differ are dynamic."""
+_IR_VERSION = 10
 
 
 @dataclass(frozen=True)
 class Template:
-    """An ONNX function, and what it takes and returns.
+    """An ONNX function.
 
     Its inputs are those of the module, then `state` (names of parameters and buffers), then `constants`.
     """
@@ -48,40 +36,24 @@ class Template:
     function: ir.Function
     state: tuple[str, ...]
     constants: tuple[ir.Value, ...]
-    outputs: tuple[Example, ...]
 
 
-def export_template(module: nn.Module, examples: Sequence[Example], name: str) -> Template:
-    """Export `module` as a function called `name`; every dimension that differs between two examples stays free."""
-    first, second = zip(*examples, strict=True)
-    with torch.no_grad():
-        outputs = tuple(zip(module(*first), module(*second), strict=True))
-        shapes = tuple(_dynamic_shape(*example) for example in examples)
-        # Each input an object of its own: export merges the inputs that are one object.
-        ep = torch.export.export(module, tuple(tensor.clone() for tensor in first), dynamic_shapes=shapes, strict=False)
-    with quiet_exporter():
-        program = torch.onnx.export(
-            ep,
-            dynamo=True,
-            verbose=False,
-            optimize=False,
-            opset_version=OPSET,
-            custom_translation_table=dict(_TRANSLATIONS),
-        )
-        assert program is not None
-        graph = program.model.graph
-        state = [value for key, value in graph.initializers.items() if _has_attribute(module, key)]
-        for value in state:
-            # Inputs before anything is optimized: what is folded into a constant would be one layer's own.
-            del graph.initializers[str(value.name)]
-            value.const_value = None
-        graph.inputs.extend(state)
-        onnxscript.optimizer.optimize(program.model)
-        # Not before: the optimizer reads the 0 of a relative shape as a size.
-        ir.passes.Sequential(FoldShapes(), FoldAny(), common_passes.RemoveUnusedNodesPass())(program.model)
-    constants = tuple(_lift_constants(graph))
-    function = ir.Function(DOMAIN, name, graph=graph, attributes=())
-    return Template(function, tuple(str(value.name) for value in state), constants, outputs)
+@stage("optimizing templates")
+def export_templates(specimens: Sequence[Specimen]) -> list[Template]:
+    """A function for each module, called by its name; every dimension that differs between two examples stays free."""
+    templates = []
+    for item, translation in zip(specimens, translate_modules(specimens), strict=True):
+        graph = translation.graph
+        model = ir.Model(graph, ir_version=_IR_VERSION)
+        with quiet_exporter():
+            # Weights are inputs here: what is folded into a constant would be one layer's own.
+            onnxscript.optimizer.optimize(model)
+            # Not before: the optimizer reads the 0 of a relative shape as a size.
+            ir.passes.Sequential(FoldShapes(), FoldAny(), common_passes.RemoveUnusedNodesPass())(model)
+        constants = tuple(_lift_constants(graph))
+        function = ir.Function(DOMAIN, item.name, graph=graph, attributes=())
+        templates.append(Template(function, translation.state, constants))
+    return templates
 
 
 def _lift_constants(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -91,15 +63,3 @@ def _lift_constants(graph: ir.Graph) -> Iterator[ir.Value]:
         del graph.initializers[name]
         value.const_value = None
         graph.inputs.append(value)
-
-
-def _dynamic_shape(first: torch.Tensor, second: torch.Tensor) -> dict[int, Any]:
-    sizes = enumerate(zip(first.shape, second.shape, strict=True))
-    return {dim: torch.export.Dim.AUTO for dim, (one, other) in sizes if one != other}
-
-
-def _has_attribute(module: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(get_attribute(module, name), torch.Tensor)
-    except AttributeError:
-        return False

@@ -16,8 +16,17 @@ MIN_EQUAL_ROUTES = 0.999
 MAX_PERPLEXITY_CHANGE = 0.005
 MAX_FORCED_CHANGE = 0.05
 """Of the perplexity where decisions are forced: of so few tokens, rounding activations alone makes 1 %."""
+NUM_STANDARD_ERRORS = 3.0
+"""By how many of them it may change besides where there are gates, which a rounding that falls the other way may turn.
+
+In trained SmolLM2, rounding alike turned 1 % of the gates at int8 and 0.4 % at int4, for a standard error of 0.8 % and
+0.6 % on the texts of a verification.
+"""
+MAX_NOISE = 0.03
+"""At most so much, however few and unlike the tokens are."""
 MAX_ERROR_RATIO = 4.0
 """Where logits differ by more, how much further from float64 than PyTorch's the artifact's may be."""
+NOT_VERIFIED = "not verified: nobody has compared what this model computes with what PyTorch does"
 
 
 def versions() -> dict[str, str]:
@@ -35,6 +44,8 @@ def versions() -> dict[str, str]:
 class Verification:
     """What was compared, and how it came out; `passed` says whether all of it is within bounds."""
 
+    skipped: bool = False
+    """Nothing was compared, as was asked for."""
     max_logit_difference: float = 0.0
     equal_routes: float = 1.0
     compared_routes: int = 0
@@ -46,6 +57,10 @@ class Verification:
     """Of models that choose precisions; a skipped block has 0."""
     perplexity_rounded: dict[str, float] = field(default_factory=dict)
     """Of models with quantized weights: with activations rounded to 8 bits, in both runtimes, on longer texts."""
+    perplexity_noise: float = 0.0
+    """Where there are gates, the standard error of the ratio of the two, by the differences of the tokens' losses."""
+    perplexity_unrounded: float | None = None
+    """The same in PyTorch, of float activations and the weights as they were before the export rounded them."""
     perplexities_forced: dict[str, dict[str, float]] = field(default_factory=dict)
     """The same of fewer texts, by the case that decides in the place of the routers."""
     never_seen: dict[int, list[str]] = field(default_factory=dict)
@@ -59,6 +74,8 @@ class Verification:
             "or_error_to_double_relative_to_torch": MAX_ERROR_RATIO,
             "equal_routes": MIN_EQUAL_ROUTES,
             "perplexity_change": MAX_PERPLEXITY_CHANGE,
+            "and_standard_errors": NUM_STANDARD_ERRORS,
+            "and_at_most": MAX_NOISE,
             "forced_perplexity_change": MAX_FORCED_CHANGE,
         }
     )
@@ -67,11 +84,13 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
-        return not self.failures
+        """Whether it was compared, and nothing failed."""
+        return not self.failures and not self.skipped
 
     def as_json(self) -> dict[str, Any]:
         """What `verification.json` holds."""
+        if self.skipped:
+            return {"passed": False, "skipped": True, "result": NOT_VERIFIED, "versions": self.versions}
         return {"passed": self.passed, **asdict(self)}
 
     @property
@@ -94,7 +113,8 @@ class Verification:
             share = f"{self.equal_routes:.4%}"
             self.failures.append(f"only {share} of the routes are equal, less than {MIN_EQUAL_ROUTES:.1%}")
         if self.perplexity_rounded:
-            self._judge_perplexity(self.perplexity_rounded, MAX_PERPLEXITY_CHANGE, "own decisions, row by row")
+            bound = MAX_PERPLEXITY_CHANGE + min(NUM_STANDARD_ERRORS * self.perplexity_noise, MAX_NOISE)
+            self._judge_perplexity(self.perplexity_rounded, bound, "own decisions, row by row")
         for case, forced in self.perplexities_forced.items():
             self._judge_perplexity(forced, MAX_FORCED_CHANGE, case)
         for name, layers in self._layers_by_missing_branch().items():

@@ -32,6 +32,7 @@ from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import staged_folder
 from modcompile.routed_graph import build_routed
 from modcompile.router_weights import load_router_weights, save_router_weights
+from modcompile.stages import stage
 from modcompile.versioned_json import read_versioned, versioned
 
 FORMAT_VERSION = 1
@@ -104,6 +105,7 @@ def read_router_config(folder: Path) -> RouterConfig:
         raise ArtifactError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
+@stage("writing the routed folder")
 def write_routed_folder(
     model: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase | None, folder: Path, *, overwrite: bool = False
 ) -> None:
@@ -145,7 +147,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def update_report(folder: Path, key: str, data: dict[str, Any]) -> None:
+def update_report(folder: Path, key: str, data: Mapping[str, Any]) -> None:
     """Replace one part of `report.json`.
 
     Raises:

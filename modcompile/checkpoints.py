@@ -24,6 +24,7 @@ from modcompile.checkpoint_sources import CheckpointSource, fetch_checkpoint
 from modcompile.durable_files import write_json
 from modcompile.errors import CheckpointError
 from modcompile.progress import quiet_transformers, show_elapsed
+from modcompile.stages import stage
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,6 +41,7 @@ _ONE_FILE = "1000TB"
 _logger = logging.getLogger(__name__)
 
 
+@stage("loading weights")
 def load_base(source: CheckpointSource) -> PreTrainedModel:
     """The model in evaluation mode, frozen, on the CPU, in the dtype it is stored in (a GGUF file is dequantized).
 
@@ -75,6 +77,7 @@ def load_base(source: CheckpointSource) -> PreTrainedModel:
     return model
 
 
+@stage("loading the tokenizer")
 def load_tokenizer(source: CheckpointSource) -> PreTrainedTokenizerBase | None:
     """The tokenizer that comes with the model, or None if none does.
 

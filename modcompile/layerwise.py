@@ -201,13 +201,13 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         return self._like_the_present(self._graphs.export())
 
-    def round_activations(self, *, enabled: bool) -> None:
-        """Have `infer_forward` round activations to 8 bits, as the exported model does on a CPU, or no longer.
+    def rounded_graph(self) -> fx.GraphModule:
+        """The graph of `infer_forward` that rounds activations to 8 bits, as the exported model does on a CPU.
 
         Raises:
             UnsupportedModelError: the weights are look-up tables, which are not exported.
         """
-        self._infer_graph = self._like_the_present(self._graphs.inference(round_activations=enabled))
+        return self._like_the_present(self._graphs.inference(round_activations=True))
 
     def _like_the_present(self, graph: fx.GraphModule) -> fx.GraphModule:
         for name, buffer in graph.named_buffers():

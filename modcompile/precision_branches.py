@@ -97,7 +97,8 @@ class PrecisionWeights:
 
     def _rounded(self, block: fx.GraphModule, names: dict[str, str], precision: int) -> fx.GraphModule:
         (group_size,) = {weight.group_size for weight in self._codes(names).values()}
-        return self._dequantized(round_activations(block, names, group_size), names, precision)
+        weights = {get_attribute(block, name) for name in names}
+        return self._dequantized(round_activations(block, weights, group_size), names, precision)
 
     def _codes(self, names: dict[str, str]) -> dict[str, MultiPrecisionWeight]:
         """The weights by the names that the block has for them."""

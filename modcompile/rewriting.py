@@ -13,6 +13,7 @@ from modcompile.output_folder import check_writable_target
 from modcompile.progress import show_elapsed
 from modcompile.routed_graph import build_routed
 from modcompile.share_of_parameters import describe_share, share_of_parameters
+from modcompile.stages import stage
 
 _NUM_TOKENS = 12
 
@@ -68,6 +69,7 @@ def write_rewritten(
     )
 
 
+@stage("comparing with the dense model")
 def rewrite_model(base: PreTrainedModel, config: RouterConfig) -> tuple[RoutedForCausalLM, dict[str, float]]:
     """The routed model of `base` and how far its logits are from those of `base`, untrained: hard and soft.
 

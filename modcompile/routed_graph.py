@@ -8,6 +8,7 @@ from modcompile.modeling import RoutedForCausalLM
 from modcompile.passes import drop_guards, group_blocks, insert_depth_gates, outline_blocks, repeat_blocks
 from modcompile.passes.outlined_form import block_calls, results
 from modcompile.routers import DepthRouter, SoftGate, StraightThroughGate
+from modcompile.stages import stage
 from modcompile.tracing import find_layers, layers_are_alike, trace_causal_lm, truncated
 
 _TRACED_DEPTH = 2  # what it takes to see where one block ends and the next begins
@@ -40,6 +41,7 @@ def trace_again(model: RoutedForCausalLM) -> fx.GraphModule:
     return graph.train(model.training)
 
 
+@stage("outlining blocks")
 def trace_outlined(base: PreTrainedModel, *, use_cache: bool = True) -> fx.GraphModule:
     """The dense graph of `base` in outlined form; parameters are shared with it.
 
@@ -56,6 +58,7 @@ def trace_outlined(base: PreTrainedModel, *, use_cache: bool = True) -> fx.Graph
     return repeat_blocks(outlined, list(layers))
 
 
+@stage("inserting routers")
 def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModule:
     """The soft routed graph, with new routers where `config` wants them.
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from modcompile.errors import UnsupportedModelError
+from modcompile.stages import stage
 from modcompile.traceable_masks import traceable_masks
 
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5  # all different, none of them 0 or 1: export merges and specialises equal sizes
@@ -24,6 +25,7 @@ _INDEX_NAMES = ("layer_idx", "layer_index", "layer_id")
 CacheTensors = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+@stage("tracing")
 def trace_causal_lm(model: PreTrainedModel, *, use_cache: bool = True) -> fx.GraphModule:
     """Trace `model` at whatever depth it has; without a cache, inputs and outputs are only those of the tokens.
 

@@ -10,6 +10,8 @@ In the order in which they are applied:
 6. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
 7. `lower_gates`: boolean routing mask → `torch.cond`.
 8. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
+9. `compact_tokens`: what a block does to each token by itself, for the open tokens only.
+10. `fuse_for_onnxruntime`: what ONNX Runtime alone has operators for: attention over a cache, packed products, …
 
 For blocks of several precisions, in the place of 4 to 7:
 
@@ -17,6 +19,10 @@ For blocks of several precisions, in the place of 4 to 7:
   with inputs rounded as ONNX Runtime rounds them.
 - `insert_precision_branches`: every block → router, a branch for each precision, mix (or one branch, drawn).
 - `choose_precision`: every block → router, a chain of `torch.cond` between the branches, one of which may be to skip.
+
+For integer weights, between 6 and 7:
+
+- `quantize_weights`: products with weights, and token embeddings, on codes.
 
 After each of them the graph runs in PyTorch, in the form that `outlined_form` describes from the second on.
 """

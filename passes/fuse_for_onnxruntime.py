@@ -23,6 +23,7 @@ from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.outlined_form import copy_graph
 from modcompile.passes.pack_linears import pack_linears
 from modcompile.passes.read_attention_inputs import NotFusedError
+from modcompile.stages import stage
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Fused:
     """For a person: what was not found, and why."""
 
 
+@stage("fusing for ONNX Runtime")
 def fuse_for_onnxruntime(gm: fx.GraphModule, max_positions: int) -> Fused:
     """Fuse a graph that `fuse_operators` has returned; parameters are shared with it.
 

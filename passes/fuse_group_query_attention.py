@@ -7,7 +7,7 @@ Before, as `fuse_operators` leaves it::
 
 After::
 
-    seqlens_k, total_sequence_length = attention_lengths(input_ids, attention_mask)
+    seqlens_k, total_sequence_length = attention_lengths.3(input_ids, attention_mask)
     hidden, … = prologue(input_ids, attention_mask, position_ids, past_key_0)
     hidden, key_0, value_0 = blocks.0(
         hidden, cos_table, sin_table, seqlens_k, past_key_0, past_value_0, total_sequence_length
@@ -60,16 +60,16 @@ def fuse_group_query_attention(gm: fx.GraphModule, max_positions: int) -> fx.Gra
         NotFusedError: some block or branch does not have the pattern.
     """
     shared = read_attention_inputs(gm, max_positions)
+    if not shared.windows:
+        raise NotFusedError("it makes no attention mask")
     graph, outputs = copy_graph(gm)
     (call,) = graph.find_nodes(op="call_module", target="prologue")
     modules: dict[str, Any] = dict(called_modules(gm))
     modules |= {str(node.target): get_attribute(gm, str(node.target)) for node in graph.find_nodes(op="get_attr")}
-    modules["attention_lengths"] = AttentionLengths()
     modules |= {f"rotary_table_{index}": table for index, table in shared.tables.items()}
     roles: dict[fx.Node, Role] = {}
     input_ids, attention_mask, *_ = graph.find_nodes(op="placeholder")
     with graph.inserting_before(call):
-        seqlens_k, total = getitems(graph.call_module("attention_lengths", (input_ids, attention_mask)), 2)
         for value in results(call):
             index = int(str(value.args[1]))
             if index in shared.tables:
@@ -77,8 +77,10 @@ def fuse_group_query_attention(gm: fx.GraphModule, max_positions: int) -> fx.Gra
                 value.replace_all_uses_with(table)
                 roles[table] = TABLE
             elif index in shared.windows:
-                # A value of its own for each mask, so that each has its own window.
-                lengths = seqlens_k if not roles.get(seqlens_k) else graph.call_function(torch.clone, (seqlens_k,))
+                # A call of its own for each mask, so that each has its own window.
+                name = f"attention_lengths.{index}"
+                modules[name] = AttentionLengths()
+                lengths, total = getitems(graph.call_module(name, (input_ids, attention_mask)), 2)
                 value.replace_all_uses_with(lengths)
                 roles[lengths] = shared.windows[index]
     for block in block_calls(graph):

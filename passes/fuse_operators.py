@@ -29,8 +29,10 @@ from modcompile.passes.fuse_rms_norm import fuse_rms_norm
 from modcompile.passes.fuse_rotary_embedding import fuse_rotary_embedding
 from modcompile.passes.graph_calls import calls_of
 from modcompile.passes.outlined_form import copy_graph
+from modcompile.stages import stage
 
 
+@stage("fusing operators")
 def fuse_operators(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the graph, in outlined form or lowered, with fused operators; parameters are shared with `gm`.
 

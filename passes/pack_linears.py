@@ -111,11 +111,11 @@ def _merge(gm: fx.GraphModule, group: Sequence[_Product], packed: dict[str, torc
         with graph.inserting_before(first):
             arguments[index] = graph.get_attr(name)
     assert isinstance(first.target, OpOverload)
-    sizes = [int(product.node.meta["val"].shape[-1]) for product in group]
+    sizes = [_attribute(gm, product.node.args[product.rows[0]]).shape[0] for product in group]
     with graph.inserting_before(first):
         merged = graph.call_function(first.target, tuple(arguments))
-        values = first.meta["val"]
-        merged.meta["val"] = values.new_empty(*values.shape[:-1], sum(sizes))
+        if isinstance(values := first.meta.get("val"), torch.Tensor):
+            merged.meta["val"] = values.new_empty(*values.shape[:-1], sum(sizes))
     attention = next(iter(group[0].node.users))
     if [product.node for product in group] == list(attention.args[:3]) and _is_all_that_reads(attention, group):
         attention.args = (merged, None, None, *attention.args[3:])

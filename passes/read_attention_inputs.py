@@ -108,9 +108,11 @@ def _part(prologue: fx.GraphModule, index: int, order: list[int]) -> _Part:
 
 def _table(part: _Part, max_positions: int) -> torch.Tensor:
     table = part.run(torch.ones(1, max_positions, dtype=torch.long))[0]
-    some = torch.tensor([[3, 0, max_positions - 1], [1, 1, 2]]).clamp(max=max_positions - 1)
-    if table.dim() != 2 or not torch.equal(part.run(torch.ones_like(some), position_ids=some), table[some]):
-        raise NotFusedError("its rotary tables depend on more than a token's own position")
+    # The last position may be among the others or not: some embeddings are scaled for the longest sequence of a call.
+    for positions in ([[3, 0, max_positions - 1], [1, 1, 2]], [[0, 2, 1]]):
+        some = torch.tensor(positions).clamp(max=max_positions - 1)
+        if table.dim() != 2 or not torch.equal(part.run(torch.ones_like(some), position_ids=some), table[some]):
+            raise NotFusedError("its rotary tables depend on more than a token's own position")
     return table[:, : table.shape[1] // 2].contiguous()
 
 

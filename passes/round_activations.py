@@ -12,13 +12,15 @@ After::
 whole numbers. So does this, but for the order of sums: it tells what an artifact computes to the last digits.
 """
 
-from collections.abc import Collection
+from collections.abc import Set
 
 import torch
 from torch import fx
 from torch.nn import functional
 
+from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import find_linears
+from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.outlined_form import copy_graph
 
 _LARGEST = 127
@@ -34,18 +36,22 @@ def round_to_int8(x: torch.Tensor, group_size: int) -> torch.Tensor:
     return rounded.flatten(-2)[..., :size]
 
 
-def round_activations(block: fx.GraphModule, weights: Collection[str], group_size: int) -> fx.GraphModule:
-    """Return the block with rounded inputs of the products with `weights`, named as the block's parameters.
+def round_activations(gm: fx.GraphModule, weights: Set[torch.Tensor], group_size: int) -> fx.GraphModule:
+    """Return the graph with rounded inputs of the products with `weights`, in all graphs that it calls, too.
 
     Keeps equal: everything, but for the rounding.
     """
-    graph, outputs = copy_graph(block)
+    return map_graphs(gm, lambda called: _round(called, weights, group_size))
+
+
+def _round(gm: fx.GraphModule, weights: Set[torch.Tensor], group_size: int) -> fx.GraphModule:
+    graph, outputs = copy_graph(gm)
     graph.output(outputs)
     rounded: dict[fx.Node, fx.Node] = {}
     for use in find_linears(graph):
-        if str(use.weight.target) in weights:
+        if get_attribute(gm, str(use.weight.target)) in weights:
             if use.x not in rounded:
                 with graph.inserting_before(use.node):
                     rounded[use.x] = graph.call_function(round_to_int8, (use.x, group_size))
             use.node.replace_input_with(use.x, rounded[use.x])
-    return fx.GraphModule(block, graph)
+    return fx.GraphModule(gm, graph)

@@ -22,9 +22,8 @@ from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import LinearUse, find_linears
 from modcompile.passes.outlined_form import copy_graph
-from modcompile.passes.quantized_ops import MATMUL_NBITS
-from modcompile.precisions import MultiPrecisionWeight, PackedWeight
-from modcompile.quantization import pack
+from modcompile.passes.quantized_ops import MATMUL_NBITS, operands
+from modcompile.precisions import MultiPrecisionWeight
 
 _aten = torch.ops.aten
 
@@ -37,7 +36,7 @@ def use_precision(block: fx.GraphModule, weights: Mapping[str, MultiPrecisionWei
     graph, outputs = copy_graph(block)
     graph.output(outputs)
     buffers: dict[str, torch.Tensor] = {}
-    for use in find_linears(graph):
+    for use in reversed(find_linears(graph)):  # the last first: another may be its input
         name = str(use.weight.target)
         if name in weights:
             with graph.inserting_before(use.node):
@@ -63,7 +62,7 @@ def _product(
     terms = []
     for completed, part in weight.used_parts(precision).items():
         inputs = []
-        for kind, tensor in _inputs(part).items():
+        for kind, tensor in operands(part).items():
             name = f"{use.weight.target}_part_{completed}_{kind}"
             buffers[name] = tensor
             inputs.append(graph.get_attr(name))
@@ -76,13 +75,3 @@ def _product(
     for term in terms[1:]:
         total = graph.call_function(_aten.add.Tensor, (total, term))
     return total
-
-
-def _inputs(part: PackedWeight) -> dict[str, torch.Tensor]:
-    """What the operator reads; zero points only where they are not the middle code."""
-    inputs = {"packed": part.packed, "scales": part.scales}
-    if bool((part.zero_points != 2 ** (part.num_bits - 1)).any()):
-        per_byte = 8 // part.num_bits
-        padded = torch.nn.functional.pad(part.zero_points, (0, -part.zero_points.shape[1] % per_byte))
-        inputs["zero_points"] = pack(padded, part.num_bits)
-    return inputs

@@ -39,12 +39,12 @@ def hard_graph(architecture: str, routers: Mapping[int, nn.Module], groups: Iter
     return harden_gates(insert_depth_gates(grouped, routers, SoftGate()))
 
 
-def random_routers(layers: Iterable[int], seed: int = 0) -> dict[int, DepthRouter]:
+def random_routers(layers: Iterable[int], seed: int = 0, *, hidden_size: int = HIDDEN_SIZE) -> dict[int, DepthRouter]:
     """Routers whose decisions at a threshold of 0.5 differ from token to token."""
     torch.manual_seed(seed)
     routers = {}
     for layer in layers:
-        router = DepthRouter(HIDDEN_SIZE, 8, dropout=0.0, layer_norm=True, init_bias=0.0)
+        router = DepthRouter(hidden_size, 8, dropout=0.0, layer_norm=True, init_bias=0.0)
         nn.init.normal_(router.score.down.weight, std=2.0)
         nn.init.normal_(router.bias, std=0.3)
         routers[layer] = router.eval()

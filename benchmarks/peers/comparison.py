@@ -10,13 +10,10 @@ from transformers import AutoConfig
 
 from benchmarks.peers.case import Case
 from benchmarks.peers.notes import notes, processor
-from benchmarks.peers.own_exports import own_cases
-from benchmarks.peers.peer_models import PACKAGES, installed_version, pytorch_cases
+from benchmarks.peers.participants import make_participants
 from benchmarks.peers.rounds import measure_rounds
-from benchmarks.peers.source import make_source
+from benchmarks.peers.source import Source, make_source
 from benchmarks.peers.timed_worker import Workload
-from modcompile.export.verification import versions
-from modcompile.progress import show_elapsed
 
 _WINDOW = 512
 
@@ -27,29 +24,40 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: a command or worker fails, or no case is left.
     """
+    machine = {"processor": processor(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
     work.mkdir(parents=True, exist_ok=True)
-    with show_elapsed(f"making {args.model}"):
-        source = make_source(args.model, work)
-    # Absolute, but with its links: a Python that is called by another name leaves its environment.
-    python = Path(args.peers).absolute() / "bin" / "python"
-    with show_elapsed("exporting"):
-        ours, models = own_cases(source, work)
-    others, used, left_out = pytorch_cases(source), versions(), []
-    for package, make in PACKAGES.items():
-        version = installed_version(python, package)
-        if version is None:
-            left_out.append(package)
-            continue
-        with show_elapsed(f"making the models of {package}"):
-            cases, told = make(source, work, python)
-        others, models, used = [*cases, *others], models | told, used | {package: version}
-    cases = [case for case in (*ours, *others) if args.only is None or args.only in case.name]
+    source = make_source(args.model, work)
+    everyone = make_participants(source, work, Path(args.peers))
+    cases = [case for case in (*everyone.ours, *everyone.peers) if args.only is None or args.only in case.name]
     if not cases:
         raise RuntimeError(f"no case has {args.only!r} in its name")
+    workload = _workload(args, source)
+    rounds = measure_rounds(cases, workload, args.rounds)
+    windows = source.windows(args.windows, _WINDOW)
+    scored = [case for case in cases if case.scored] if windows else []
+    return {
+        "model": args.model,
+        "machine": machine,
+        "versions": everyone.versions,
+        "arguments": vars(args),
+        "tokens": {
+            "prompt": len(workload.prompt),
+            "long_prompt": len(workload.long_prompt),
+            "context": len(workload.context),
+        },
+        "peers": [case.name for case in everyone.peers if case in cases],
+        "models": everyone.models,
+        "rounds": rounds,
+        "perplexity": {case.name: _perplexity(case, windows, args.threads) for case in scored},
+        "notes": notes(args, machine, everyone.versions, everyone.left_out, len(workload.context)),
+    }
+
+
+def _workload(args: argparse.Namespace, source: Source) -> Workload:
     positions = AutoConfig.from_pretrained(source.folder).max_position_embeddings
     context = max(min(args.context_tokens, positions - args.context_new_tokens - 1), 0)
     tokens = source.tokens(max(context, args.long_prompt_tokens, args.prompt_tokens))
-    load = Workload(
+    return Workload(
         threads=args.threads,
         prompt=tokens[: args.prompt_tokens],
         new_tokens=args.new_tokens,
@@ -58,22 +66,6 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         context_new_tokens=args.context_new_tokens,
         repeats=args.repeats,
     )
-    rounds = measure_rounds(cases, load, args.rounds)
-    windows = source.windows(args.windows, _WINDOW)
-    return {
-        "model": args.model,
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_before": os.getloadavg()},
-        "versions": used,
-        "arguments": vars(args),
-        "tokens": {"prompt": args.prompt_tokens, "long_prompt": args.long_prompt_tokens, "context": context},
-        "peers": [case.name for case in others if case in cases],
-        "models": models,
-        "rounds": rounds,
-        "perplexity": {
-            case.name: _perplexity(case, windows, args.threads) for case in cases if case.scored and windows
-        },
-        "notes": notes(args, used, left_out, context),
-    }
 
 
 def _perplexity(case: Case, windows: list[list[int]], threads: int) -> float:

@@ -1,7 +1,9 @@
 """The worker of llama.cpp, by llama-cpp-python, run by the Python of the peers.
 
 It calls llama.cpp's own functions, as the high-level class samples and copies logits in Python. All options are
-llama.cpp's defaults but the threads. Of a prompt it computes the logits of the last token alone.
+llama.cpp's defaults but the threads, and whether its attention is the fused one (flash attention, which it takes by
+default: prompts are then faster, and steps after a long context slower). Of a prompt it computes the logits of the last
+token alone.
 """
 
 import ctypes
@@ -21,14 +23,14 @@ _DROP_LOG = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class _Context:
-    def __init__(self, file: str, threads: int) -> None:
+    def __init__(self, file: str, flash_attention: bool, threads: int) -> None:
         llama_cpp.llama_log_set(_DROP_LOG, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"llama.cpp can't load {file}")
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        self._threads = threads
+        self._flash_attention, self._threads = flash_attention, threads
         self._context: Any = None
 
     def start(self, capacity: int) -> None:
@@ -38,6 +40,8 @@ class _Context:
         options.n_ctx = -(-capacity // _CELLS) * _CELLS
         options.n_batch = max(options.n_batch, options.n_ctx)  # so that a prompt is one call; it cuts it by n_ubatch
         options.n_threads = options.n_threads_batch = self._threads
+        kind = "ENABLED" if self._flash_attention else "DISABLED"
+        options.flash_attn_type = getattr(llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{kind}")
         self._context = llama_cpp.llama_init_from_model(self._model, options)
 
     def prefill(self, ids: Sequence[int]) -> int:
@@ -67,8 +71,8 @@ class _Context:
 
 
 def load(model: dict[str, Any], threads: int) -> Engine:
-    """A GGUF `file`."""
-    return _Context(model["file"], threads)
+    """A GGUF `file`, with or without `flash_attention`."""
+    return _Context(model["file"], model["flash_attention"], threads)
 
 
 if __name__ == "__main__":

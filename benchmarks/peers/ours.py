@@ -1,50 +1,54 @@
-"""The worker of our own exports, in modcompile's session."""
+"""The worker of our own exports, in modcompile's decoder."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.peers.timed_worker import Engine, Logits, serve
+from modcompile.export.decoder import Decoder
+from modcompile.export.huge_pages import huge_pages
 from modcompile.export.session import MODEL_FILE, RoutedSession
 
 
-class _Session:
-    """A growing cache; logits are computed for every token of a prompt."""
+class _Decoding:
+    """One buffer of the sequence's capacity where the export may be run so."""
 
-    def __init__(self, folder: Path, thresholds: Sequence[float] | None, threads: int) -> None:
-        self._session = RoutedSession(
-            folder / MODEL_FILE, thresholds=thresholds, num_threads=threads, providers=["CPUExecutionProvider"]
-        )
-        self.start(0)
+    def __init__(self, session: RoutedSession) -> None:
+        self._session = session
+        self.start(1)
 
     def start(self, capacity: int) -> None:
-        self._cache, self._length = self._session.empty_cache(1), 0
+        self._decoder = Decoder(self._session, 1, capacity)
 
     def prefill(self, ids: Sequence[int]) -> int:
-        return int(self._run(ids)[-1].argmax())
+        logits, _ = self._decoder.step(np.array([ids]))
+        return int(logits[0, -1].argmax())
 
     def step(self, token: int) -> int:
         return self.prefill([token])
 
     def logits(self, ids: Sequence[int]) -> Logits:
         self.start(len(ids))
-        return self._run(ids)
-
-    def _run(self, ids: Sequence[int]) -> Logits:
-        total = self._length + len(ids)
-        positions = np.arange(self._length, total)[None]
-        mask = np.ones((1, total), np.int64)
-        logits, self._cache, _ = self._session.run(np.array([ids]), mask, positions, self._cache)
-        self._length = total
+        logits, _ = self._decoder.step(np.array([ids]), logits_to_keep=len(ids))
         rows: Logits = logits[0]
         return rows
 
 
 def load(model: dict[str, Any], threads: int) -> Engine:
-    """A session of an exported `folder`, at `thresholds` (None: as exported)."""
-    return _Session(Path(model["folder"]), model["thresholds"], threads)
+    """An exported `folder` at `thresholds` (None: as exported), with `huge_pages` or not."""
+    with huge_pages() if model["huge_pages"] else nullcontext():
+        session = RoutedSession(
+            Path(model["folder"]) / MODEL_FILE,
+            thresholds=model["thresholds"],
+            num_threads=threads,
+            providers=["CPUExecutionProvider"],
+        )
+        decoding = _Decoding(session)
+        decoding.prefill([0])  # A session's first run allocates.
+    return decoding
 
 
 if __name__ == "__main__":

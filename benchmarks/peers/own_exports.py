@@ -46,6 +46,8 @@ class OwnCase:
     export: Export
     skipped: float | None = None
     """None leaves the thresholds as exported, as an export without routers needs."""
+    huge_pages: bool = True
+    """Whether it asks the kernel for huge pages, as modcompile.generate does."""
 
     def thresholds(self, count: int) -> list[float] | None:
         """One for each of `count` routed blocks; those in the middle are skipped."""
@@ -81,6 +83,6 @@ def own_cases(source: Source, work: Path) -> tuple[list[Case], dict[str, dict[st
         folder = work / own.export.name.replace(" ", "_")
         told[f"ours: {own.export.name}"] = build_once(folder, partial(own.export.build, source.folder))
         routed = RoutedSession(folder / "onnx" / MODEL_FILE).num_thresholds if own.skipped is not None else 0
-        model = {"folder": str(folder / "onnx"), "thresholds": own.thresholds(routed)}
+        model = {"folder": str(folder / "onnx"), "thresholds": own.thresholds(routed), "huge_pages": own.huge_pages}
         cases.append(Case(own.name, "ours", Path(sys.executable), model, scored=not own.skipped))
     return cases, told

@@ -49,9 +49,15 @@ def llama_cpp_cases(source: Source, work: Path, python: Path) -> tuple[list[Case
     folder = work / "llama.cpp"
     name = "llama.cpp Q4_0"
     told = build_once(folder, partial(_build_gguf, source))
-    cases = [Case(name, "llamacpp", python, {"file": str(folder / "model.gguf")})]
+    files = {name: folder / "model.gguf"}
     if source.gguf is not None:
-        cases.append(Case("llama.cpp Q4_1, the file shipped", "llamacpp", python, {"file": str(source.gguf)}))
+        files["llama.cpp Q4_1, the file shipped"] = source.gguf
+    cases = [
+        # Scored once: both kinds of attention compute the same.
+        Case(f"{file_name}{kind}", "llamacpp", python, {"file": str(file), "flash_attention": flash}, scored=not flash)
+        for file_name, file in files.items()
+        for kind, flash in ((", flash attention", True), ("", False))
+    ]
     return cases, {name: told}
 
 

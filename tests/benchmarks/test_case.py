@@ -17,7 +17,9 @@ WORK = Workload(
 
 
 def test_worker_measures_in_a_process_of_its_own(onnx_folder: Path) -> None:
-    case = Case("ours", "ours", Path(sys.executable), {"folder": str(onnx_folder), "thresholds": None})
+    case = Case(
+        "ours", "ours", Path(sys.executable), {"folder": str(onnx_folder), "thresholds": None, "huge_pages": False}
+    )
     found = case.measure(WORK)
     assert found.keys() == {
         "prefill",
@@ -33,7 +35,9 @@ def test_worker_measures_in_a_process_of_its_own(onnx_folder: Path) -> None:
 
 
 def test_losses_are_those_of_pytorch(onnx_folder: Path, routed_folder: Path) -> None:
-    case = Case("ours", "ours", Path(sys.executable), {"folder": str(onnx_folder), "thresholds": None})
+    case = Case(
+        "ours", "ours", Path(sys.executable), {"folder": str(onnx_folder), "thresholds": None, "huge_pages": False}
+    )
     model = load_with_routers(routed_folder, hard_threshold=0.5)
     expected = []
     for window in (IDS, IDS[:5]):
@@ -50,7 +54,7 @@ def test_dense_and_soft_pytorch_are_workers(base_folder: Path) -> None:
 
 
 def test_worker_that_fails_says_why(tmp_path: Path) -> None:
-    case = Case("", "ours", Path(sys.executable), {"folder": str(tmp_path), "thresholds": None})
+    case = Case("", "ours", Path(sys.executable), {"folder": str(tmp_path), "thresholds": None, "huge_pages": False})
     with pytest.raises(
         RuntimeError, match=r"^\S+ -m benchmarks\.peers\.ours ended with 1: .*model\.onnx does not exist"
     ):

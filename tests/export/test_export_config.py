@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from modcompile.errors import ConfigError
-from modcompile.export.export_config import ExportConfig
+from modcompile.export.export_config import GROUP_SIZES, ExportConfig
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
@@ -19,14 +19,47 @@ def test_refuses_what_is_no_threshold(threshold: float) -> None:
         ExportConfig(hard_threshold=threshold)
 
 
-def test_refuses_an_unknown_prefill() -> None:
-    config: Any = {"prefill": "sparse"}
-    with pytest.raises(ConfigError, match=r"^--prefill is 'sparse'; "):
-        ExportConfig(**config)
+@pytest.mark.parametrize("option", ["target", "prefill", "verify"])
+def test_refuses_what_is_no_choice(option: str) -> None:
+    choice: Any = {option: "some"}
+    with pytest.raises(ConfigError, match=f"--{option} is 'some'"):
+        ExportConfig(**choice)
 
 
 def test_defaults_to_a_half_and_to_no_outputs_of_ours() -> None:
-    assert ExportConfig() == ExportConfig(target="ort", prefill="mask", hard_threshold=0.5, emit_routing=False)
+    assert ExportConfig() == ExportConfig(hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None)
+    assert ExportConfig().prefill == "mask"
+    assert ExportConfig().rounding is None
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
+def test_rounds_in_groups_of_the_size_asked_for(weights: Any, bits: int, group_size: int) -> None:
+    default, asked = (
+        ExportConfig(weights=weights).rounding,
+        ExportConfig(weights=weights, group_size=group_size).rounding,
+    )
+    assert default is not None and default.num_bits == bits and default.group_size in GROUP_SIZES
+    assert asked == dataclasses.replace(default, group_size=group_size)
+
+
+@pytest.mark.parametrize("group_size", [0, -32, 8, 48, 512])
+def test_refuses_groups_that_onnx_runtime_has_not(group_size: int) -> None:
+    with pytest.raises(ConfigError, match=r"^--group_size is \S+; it must be one of 16, 32, 64, 128, 256$"):
+        ExportConfig(weights="int8", group_size=group_size)
+
+
+def test_refuses_groups_of_weights_that_have_none() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--group_size is for integer weights, and --weights is fp32: leave it out$"
+    ):
+        ExportConfig(group_size=32)
+
+
+def test_refuses_other_weights() -> None:
+    weights: Any = "int3"
+    with pytest.raises(ConfigError, match=r"^--weights is 'int3'; it must be one of fp32, int8, int4$"):
+        ExportConfig(weights=weights)
 
 
 def test_every_option_explains_itself_and_none_can_be_changed() -> None:

@@ -88,6 +88,7 @@ def test_holds_the_thresholds_asked_for_and_tells_no_routes(exported: ExportResu
 def test_reports_to_the_routed_folder(exported: ExportResult) -> None:
     report = read_report(exported.output.parent)["export"]
     assert report["output"] == str(exported.output)
+    assert (report["weights"], report["group_size"]) == ("fp32", None)
     assert report["passed"] is True
     assert list(report["seconds"]) == ["loading and tracing", "lowering to ONNX", "writing the ONNX model", "verifying"]
 
@@ -134,6 +135,31 @@ def test_generates_with_shared_gates_what_pytorch_does(grouped: ExportResult) ->
         assert generation.usage.active_ratio_per_layer == model.active_ratio_per_layer
 
 
+def test_writes_integer_weights_and_tells_what_they_lost(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a byte each, but for their scales and zero points."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    result = export_folder(folder, tmp_path / "onnx", ExportConfig(weights="int4", group_size=16))
+    proved = result.verification
+    assert proved.passed
+    assert names(result.output) == FILES
+    report = read_report(folder)["export"]
+    assert (report["weights"], report["group_size"]) == ("int4", 16)
+    assert report["bytes"] == result.num_bytes
+    assert result.num_bytes == sum((result.output / name).stat().st_size for name in (MODEL_FILE, f"{MODEL_FILE}.data"))
+    tensors = onnx.load(result.output / MODEL_FILE).graph.initializer
+    rounded = [tensor for tensor in tensors if tensor.name.endswith("_packed")]
+    weights = sum(parameter.numel() for parameter in tiny_base().parameters() if parameter.dim() == 2)
+    assert sum(len(tensor.raw_data) for tensor in rounded) == weights / 2
+    *_, last = result.summary().splitlines()
+    assert proved.perplexity_unrounded is not None
+    assert last == (
+        f"int4 weights in groups of 16: on longer texts perplexity {proved.perplexity_rounded['onnx']:.3f} as shipped, "
+        f"{proved.perplexity_unrounded:.3f} before rounding"
+    )
+
+
 def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_prebuilt(onnx_folder, monkeypatch)
     earlier = folder / "onnx"
@@ -143,6 +169,24 @@ def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch
     result = export_folder(folder, earlier, ExportConfig())
     assert result.verification.passed
     assert names(earlier) == FILES
+
+
+def test_writes_an_unproved_model_where_it_is_asked_for_and_says_that_it_is(
+    folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_prebuilt(onnx_folder, monkeypatch)
+    output = folder / "onnx"
+    result = export_folder(folder, output, ExportConfig(verify="none"))
+    assert names(output) == FILES
+    assert is_onnx_folder(output)
+    assert stored(output)["passed"] is False
+    assert stored(output)["result"].startswith("not verified: ")
+    assert read_report(folder)["export"]["skipped"] is True
+    wrote, told = result.summary().splitlines()
+    assert "verifying" not in wrote
+    assert told.startswith("not verified: ")
+    assert export_folder(folder, output, ExportConfig()).verification.passed
+    assert "result" not in stored(output)
 
 
 def test_leaves_no_model_that_was_not_verified(

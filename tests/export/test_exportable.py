@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from modcompile.config import RouterConfig
 from modcompile.errors import ArtifactError, UnsupportedModelError
@@ -17,11 +18,16 @@ from tests.tiny_quantized import BITS, save_deciding_routers
 TEXTS = [[(row * 37 + index * 11) % 300 for index in range(100)] for row in range(NUM_TEXTS)]
 
 
+def texts(config: PretrainedConfig) -> list[list[int]]:
+    assert config.model_type == "llama"
+    return TEXTS
+
+
 def test_a_routed_folder_is_gated_at_the_threshold(routed_folder: Path) -> None:
-    loaded = load_exportable(routed_folder, ExportConfig(hard_threshold=0.3))
-    assert loaded.config.model_type == "llama"
+    loaded = load_exportable(routed_folder, ExportConfig(hard_threshold=0.3), texts)
     assert dict(loaded.graph().named_buffers())["routing_threshold"].tolist() == pytest.approx([0.3, 0.3])
-    subject, cases = loaded.verification(TEXTS)
+    assert loaded.proof is not None
+    subject, cases = loaded.proof.subject, loaded.proof.cases
     assert isinstance(subject, DepthSubject)
     assert cases[0].thresholds == pytest.approx((0.3, 0.3))
     assert subject.branches == {0: ("skipped", "executed"), 2: ("skipped", "executed")}
@@ -33,12 +39,13 @@ def test_a_quantized_folder_chooses_by_the_routers_in_it(
 ) -> None:
     folder = Path(shutil.copytree(quantized_folder, tmp_path / "own"))
     save_deciding_routers(folder, depth)
-    loaded = load_exportable(folder, ExportConfig(hard_threshold=0.3))
+    loaded = load_exportable(folder, ExportConfig(hard_threshold=0.3), texts)
     graph = loaded.graph()
     buffers = dict(graph.named_buffers())
     assert torch.equal(buffers["precision_bias"], torch.zeros(3, len(BITS)))
     names = [f"at {bits} bits" for bits in BITS]
-    subject, cases = loaded.verification(TEXTS)
+    assert loaded.proof is not None
+    subject, cases = loaded.proof.subject, loaded.proof.cases
     assert isinstance(subject, PrecisionSubject)
     if depth is None:
         assert "routing_threshold" not in buffers
@@ -55,11 +62,11 @@ def test_a_quantized_folder_chooses_by_the_routers_in_it(
 
 def test_look_up_tables_are_not_lowered(tmp_path: Path) -> None:
     write_any_precision(tiny_any_precision(), tmp_path / "tables")
-    loaded = load_exportable(tmp_path / "tables", ExportConfig())
+    loaded = load_exportable(tmp_path / "tables", ExportConfig(), texts)
     with pytest.raises(UnsupportedModelError, match="is looked up in tables"):
         loaded.graph()
 
 
 def test_a_folder_of_neither_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"has no router_config\.json"):
-        load_exportable(tmp_path, ExportConfig())
+        load_exportable(tmp_path, ExportConfig(), texts)

@@ -6,6 +6,7 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
+from modcompile.artifacts import read_report
 from modcompile.cli import run
 from modcompile.export import verification
 from modcompile.export.__main__ import main
@@ -45,6 +46,21 @@ def test_exports_as_asked_for(
     assert captured.out.startswith(f"wrote {output} (")
     assert [line for line in captured.err.splitlines() if not line.endswith("…")] == []
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_profiles_every_stage_on_stderr_and_in_the_report(
+    folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_prebuilt(onnx_folder, monkeypatch)
+    assert export(folder, "--verify", "none", "--profile") == 0
+    captured = capsys.readouterr()
+    costs = read_report(folder)["profile"]
+    assert {"importing", "loading weights", "tracing", "inserting routers", "writing the ONNX model"} <= set(costs)
+    assert "verifying" not in costs
+    assert set(costs["tracing"]) == {"seconds", "cpu_seconds", "peak_mib"}
+    told = {line.split("  ")[0] for line in captured.err.splitlines()}
+    assert set(costs) <= told
+    assert "not verified" in captured.out.splitlines()[-1]
 
 
 def test_writes_into_the_routed_folder_by_default(

@@ -10,11 +10,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modcompile.export.build_model import build_model
+from modcompile.export.export_config import WeightRounding
+from modcompile.export.float_activations import FloatActivations
+from modcompile.export.round_weights import round_weights
 from modcompile.export.session import MODEL_FILE
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.passes.quantize_weights import quantize_weights
 from modcompile.precision_config import PrecisionRouterConfig, QuantizationConfig
 from modcompile.quantizing import quantize_base
-from tests.model_inputs import ModelInputs, make_inputs
+from modcompile.routed_graph import trace_outlined
+from tests.model_inputs import ModelInputs, make_inputs, run_model
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 _LAYERS = 3
@@ -102,6 +107,34 @@ def test_parts_that_precisions_share_are_stored_once(built: _Built) -> None:
     readers = {name: len(value.uses()) for name, value in codes.items() if ".decide." not in name}
     assert set(readers.values()) == {1, 2}
     assert sum(count == 2 for count in readers.values()) == len(readers) / 2
+
+
+@pytest.mark.parametrize("rounding", [WeightRounding(4, 16, symmetric=False), WeightRounding(8, 64, symmetric=True)])
+def test_embedding_and_head_are_on_codes_too(architecture: str, rounding: WeightRounding) -> None:
+    """And on one set of them where they are tied; groups of 64 are wider than the embedding."""
+    model = tiny_model(architecture)
+    gm = trace_outlined(model)
+    codes = round_weights(gm, rounding=rounding)
+    built = build_model(quantize_weights(gm, codes))
+    FloatActivations()(built)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    data = ir.to_proto(built).SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    for length, past in ((5, 0), (1, 4)):
+        inputs = make_inputs(model, 2, length, past, "left")
+        names = [value.name for value in session.get_inputs()]
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs.flat, strict=True)}
+        actual = [torch.from_numpy(array) for array in session.run(None, feeds)]
+        for one, other in zip(inputs.at_tokens(actual), inputs.at_tokens(run_model(model, inputs)), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    (lookup,) = (node for node in built.graph if node.op_type == "GatherBlockQuantized")
+    (reshape,) = (node for node in built.graph if node.outputs[0] is lookup.inputs[0])
+    head = [node for node in built.graph if node.op_type == "MatMulNBits"][-1]
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert (reshape.inputs[0] is head.inputs[1]) == is_tied
+    stored = sum("packed" in name for name in built.graph.initializers)
+    assert stored == len(codes)
 
 
 _WIDE = LlamaConfig(

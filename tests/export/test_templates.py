@@ -9,7 +9,8 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import nn
 
-from modcompile.export.templates import DOMAIN, OPSET, Example, Template, export_template
+from modcompile.export.templates import DOMAIN, Template, export_templates
+from modcompile.export.translate_modules import OPSET, Example, specimen
 from modcompile.passes.extract_subgraph import get_attribute
 from tests.export.onnx_text import operators, run
 
@@ -37,17 +38,20 @@ class Heads(nn.Module):
         return heads + torch.arange(4.0), torch.any(hidden > other), other[:, -1:]
 
 
+HEADS = specimen("heads", Heads(seed=0, scale=0.0), [TOKENS, TOKENS])
 STATE = {"norm.weight", "norm.bias", "up.weight", "up.bias", "twin.weight", "scale", "offset"}
 
 
 @pytest.fixture(scope="module")
 def template() -> Template:
     """Of a module whose parameters are as tempting as can be: zeros, ones and equal tensors."""
-    return export_template(Heads(seed=0, scale=0.0), [TOKENS, TOKENS], "heads")
+    (made,) = export_templates([HEADS])
+    return made
 
 
 def call(template: Template, module: nn.Module, inputs: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """Run the template on the parameters of a module."""
+    outputs = module(*inputs)
     feeds = {f"input_{index}": tensor.numpy() for index, tensor in enumerate(inputs)}
     values = [
         ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None] * array.ndim))
@@ -56,8 +60,8 @@ def call(template: Template, module: nn.Module, inputs: Sequence[torch.Tensor]) 
     tensors = [tensor_adapters.TorchTensor(get_attribute(module, name).detach(), name) for name in template.state]
     weights = [ir.Value(name=tensor.name, const_value=tensor) for tensor in tensors]
     constants = [ir.Value(name=f"constant.{v.name}", const_value=v.const_value) for v in template.constants]
-    node = ir.Node(DOMAIN, template.function.name, [*values, *weights, *constants], num_outputs=len(template.outputs))
-    for index, (value, (example, _)) in enumerate(zip(node.outputs, template.outputs, strict=True)):
+    node = ir.Node(DOMAIN, template.function.name, [*values, *weights, *constants], num_outputs=len(outputs))
+    for index, (value, example) in enumerate(zip(node.outputs, outputs, strict=True)):
         value.name, value.shape = f"output_{index}", ir.Shape([None] * example.dim())
         value.type = ir.TensorType(tensor_adapters.from_torch_dtype(example.dtype))
     graph = ir.Graph(
@@ -88,14 +92,10 @@ def test_every_module_of_the_code_gets_its_own_weights(
 def test_takes_inputs_then_state_then_constants(template: Template) -> None:
     names = [value.name for value in template.function.inputs]
     assert set(template.state) == STATE
-    assert names[2:] == [*template.state, *(value.name for value in template.constants)]
+    state = [f"state.{name}" for name in template.state]
+    assert names[2:] == [*state, *(value.name for value in template.constants)]
     assert all(value.const_value is not None for value in template.constants)
     assert not template.function.graph.initializers
-
-
-def test_tells_what_it_returns_at_both_sizes(template: Template) -> None:
-    shapes = [(first.shape, second.shape) for first, second in template.outputs]
-    assert shapes == [((2, 2, 3, 4), (3, 2, 5, 4)), ((), ()), ((2, 1, 8), (3, 1, 8))]
 
 
 def test_computes_no_shapes_and_reduces_booleans_as_booleans(template: Template) -> None:
@@ -119,7 +119,7 @@ class Sum(nn.Module):
 def test_one_example_may_stand_for_two_inputs_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """Warnings are errors in these tests."""
     with caplog.at_level(logging.WARNING):
-        template = export_template(Sum(), [TOKENS, TOKENS], "sum")
+        (template,) = export_templates([specimen("sum", Sum(), [TOKENS, TOKENS])])
     assert not caplog.records
     first, second = torch.randn(1, 2, 8), torch.randn(1, 2, 8)
     (total,) = call(template, Sum(), [first, second])

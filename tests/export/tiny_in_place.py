@@ -11,17 +11,16 @@ MAX_POSITIONS = 64
 _ALL = np.iinfo(np.int64).max
 
 
-def write_in_place_model(model_file: Path, *, keeps_logits: bool = True, tells: bool = True) -> Path:
-    """Write it as `model_file`.
+def write_in_place_model(model_file: Path, *, keeps_logits: bool = True) -> Path:
+    """Write it as `model_file`, without the input `logits_to_keep` if `keeps_logits` is false.
 
-    Unless `keeps_logits` is false it has the input `logits_to_keep`; unless `tells` is false it has routing masks: of
-    tokens above `routing_threshold`, as a share of the vocabulary.
+    It tells a routing mask: which tokens are above `routing_threshold`, as a share of the vocabulary.
     """
     random = np.random.default_rng(0)
     angles = np.outer(np.arange(MAX_POSITIONS), 0.5 ** np.arange(HEAD_SIZE // 2))
     constants = {
         "embedding": random.normal(size=(VOCAB_SIZE, HIDDEN_SIZE)),
-        "head": random.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)),
+        "head": random.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)) * 0.1,
         "cos": np.cos(angles),
         "sin": np.sin(angles),
         "scale": np.array(1 / VOCAB_SIZE),
@@ -66,9 +65,14 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True, tells: 
             constants[f"{name}.{layer}.weight"] = random.normal(size=(HIDDEN_SIZE, width)) * 0.3
             nodes.append(node("MatMul", [f"hidden.{layer}", f"{name}.{layer}.weight"], [f"{name}.{layer}"]))
         constants[f"o.{layer}.weight"] = random.normal(size=(widths["q"], HIDDEN_SIZE)) * 0.3
-        projected = [f"{name}.{layer}" for name in widths]
+        # By an operator of its own: of the positions of a prompt, the attention's own rotation looks at the first only.
+        for name, heads in (("q", NUM_HEADS), ("k", NUM_KV_HEADS)):
+            inputs = [f"{name}.{layer}", "positions", "cos", "sin"]
+            rotated = [f"{name}.{layer}.rotated"]
+            nodes.append(node("RotaryEmbedding", inputs, rotated, domain="com.microsoft", num_heads=heads))
+        projected = [f"q.{layer}.rotated", f"k.{layer}.rotated", f"v.{layer}"]
         past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
-        sequence = ["seqlens_k", "total.int", "cos", "sin", "positions", "bias"]
+        sequence = ["seqlens_k", "total.int", "", "", "", "bias"]
         nodes += [
             node(
                 "GroupQueryAttention",
@@ -77,7 +81,6 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True, tells: 
                 domain="com.microsoft",
                 num_heads=NUM_HEADS,
                 kv_num_heads=NUM_KV_HEADS,
-                do_rotary=1,
             ),
             node("MatMul", [f"attended.{layer}", f"o.{layer}.weight"], [f"o.{layer}"]),
             node("Add", [f"hidden.{layer}", f"o.{layer}"], [f"hidden.{layer + 1}"]),
@@ -93,21 +96,21 @@ def write_in_place_model(model_file: Path, *, keeps_logits: bool = True, tells: 
     value = helper.make_tensor_value_info
     shape: list[str | int | None] = ["B", NUM_KV_HEADS, "P", HEAD_SIZE]
     cached = [f"{layer}.{kind}" for layer in range(NUM_LAYERS) for kind in ("key", "value")]
-    inputs = [
+    graph_inputs = [
         value("input_ids", TensorProto.INT64, ["B", "T"]),
         value("attention_mask", TensorProto.INT64, ["B", "S"]),
         *(value(f"past_key_values.{name}", TensorProto.FLOAT, shape) for name in cached),
         *([value("logits_to_keep", TensorProto.INT64, [1])] if keeps_logits else []),
-        *([value("routing_threshold", TensorProto.FLOAT, [1])] if tells else []),
+        value("routing_threshold", TensorProto.FLOAT, [1]),
     ]
     outputs = [
         value("logits", TensorProto.FLOAT, ["B", "K", VOCAB_SIZE]),
         *(value(f"present.{name}", TensorProto.FLOAT, ["B", NUM_KV_HEADS, "S", HEAD_SIZE]) for name in cached),
-        *([value("routing.0", TensorProto.BOOL, ["B", "T"])] if tells else []),
+        value("routing.0", TensorProto.BOOL, ["B", "T"]),
     ]
     initializers = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
     initializers += [numpy_helper.from_array(array.astype(np.int64), name) for name, array in sizes.items()]
-    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    graph = helper.make_graph(nodes, "tiny", graph_inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     helper.set_model_props(model, {"modcompile.cache": "in_place"})

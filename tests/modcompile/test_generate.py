@@ -1,15 +1,23 @@
+import fcntl
+import io
 import json
+import os
+import pty
 import re
 import shutil
+import struct
 import sys
+import termios
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+import torch
 from transformers import GenerationConfig
 
+from modcompile import status_line
 from modcompile.cli import run
 from modcompile.errors import ArtifactError, CheckpointError, ConfigError, ModcompileError
 from modcompile.export.generation import generate
@@ -81,6 +89,45 @@ def test_tells_speed_and_active_ratio(
     assert re.fullmatch(rf"50 new tokens, {rates}, active ratio {active_ratio}", line), line
 
 
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_a_number_of_threads_is_for_this_text_only(onnx_folder: Path, printed: Printed, runtime: str) -> None:
+    before = torch.get_num_threads()
+    flags = ["--runtime", runtime, "--max_new_tokens", "6"]
+    text = printed(onnx_folder.parent, *flags)
+    assert printed(onnx_folder.parent, *flags, "--num_threads", "3") == text
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_a_terminal_shows_the_same_as_it_goes(
+    onnx_folder: Path, monkeypatch: pytest.MonkeyPatch, printed: Printed, runtime: str
+) -> None:
+    """In its last row, by the escapes for it; the text has nothing of that."""
+    written = io.StringIO()
+    master, slave = pty.openpty()
+    monkeypatch.setattr(written, "isatty", lambda: True)
+    monkeypatch.setattr(written, "fileno", lambda: slave)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(status_line, "_INTERVAL", 0.0)
+    flags = ["--runtime", runtime, "--max_new_tokens", "3"]
+    text = printed(onnx_folder.parent, *flags)
+    monkeypatch.setattr("sys.stderr", written)
+    assert printed(onnx_folder.parent, *flags) == text
+    os.close(master)
+    os.close(slave)
+    shown = re.findall(r"\033\[24;1H\033\[2m(.*?)\033\[m", written.getvalue())
+    rates = [r", prefill [\d.]+ tokens/s", r", prefill [\d.]+ tokens/s, decode [\d.]+ tokens/s"]
+    expected = [
+        r"reading the prompt, \d+ tokens",
+        rf"1 new token{rates[0]}, active ratio [\d.]+",
+        *(rf"{count} new tokens{rates[1]}, active ratio [\d.]+" for count in (2, 3)),
+    ]
+    for line, pattern in zip(shown, expected, strict=True):
+        assert re.fullmatch(pattern, line)
+    assert written.getvalue().splitlines()[-1].endswith(shown[-1].split(", ")[-1])
+
+
 def test_artifact_that_does_not_tell_its_routes(silent_onnx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(silent_onnx_folder), "--prompt", PROMPT, "--runtime", "onnx", "--max_new_tokens", "1"])
     line = capsys.readouterr().err.splitlines()[-1]
@@ -147,6 +194,7 @@ def test_chat_prints_the_answer_only(own_folder: Path, printed: Printed) -> None
     ("flags", "message"),
     [
         (["--hard_threshold", "nan"], "--hard_threshold is nan"),
+        (["--num_threads", "0"], "--num_threads is 0"),
         (["--hard_threshold", "-1"], "--hard_threshold is -1"),
         (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
         (["--max_new_tokens", "126"], "more than the 128 positions of the model"),
@@ -207,7 +255,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     usage, *entries = re.split(r"\n  (?=-)", capsys.readouterr().out)
     assert "python -m modcompile.generate" in usage
     explained = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
-    flags = ["prompt", "runtime", "hard_threshold", "chat", "max_new_tokens"]
+    flags = ["prompt", "runtime", "hard_threshold", "num_threads", "chat", "max_new_tokens"]
     for flag in [*flags, "do_sample", "temperature", "top_k", "top_p", "seed"]:
         assert flag == "prompt" or "(default: " in explained[f"--{flag}"]
         assert len(explained[f"--{flag}"].split()) > 5

@@ -34,6 +34,20 @@ def test_prints_words_as_they_come(tokenizer: PreTrainedTokenizerFast, capsys: p
     assert capsys.readouterr().out == "one "
 
 
+def test_says_after_every_put_that_it_has_it(
+    tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    streamer = TimedStreamer(
+        tokenizer,
+        on_put=lambda put: seen.append((put.prompt_tokens, put.new_tokens, capsys.readouterr().out)),
+    )
+    stream(streamer, tokenizer, "one two ", "x")
+    length = len(tokenizer("one two ").input_ids)
+    assert [counts for *counts, _ in seen] == [[length, 0], [length, 1], [length, 2]]
+    assert seen[0][2] == "one two "
+
+
 def test_rates(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that shows one second more at every look."""
     monkeypatch.setattr(timed_streamer, "perf_counter", map(float, itertools.count()).__next__)

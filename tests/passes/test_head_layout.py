@@ -1,8 +1,10 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import fx
 
-from modcompile.passes.head_layout import split_heads
+from modcompile.passes.head_layout import pack_heads, split_heads, unpack_heads
 from tests.passes.traced import BATCH, TOKENS, Function, Run, random, traced
 
 _X = random(BATCH, TOKENS, 32)
@@ -61,3 +63,32 @@ def test_splits_another_tensor_alike() -> None:
 )
 def test_finds_nothing_else(function: Function) -> None:
     assert split_heads(_result(traced(Run(function), random(BATCH, 6, 32)))) is None
+
+
+def _with_result(gm: fx.GraphModule, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """The graph returns, in place, what `change` makes of its result."""
+    (output,) = gm.graph.find_nodes(op="output")
+    with gm.graph.inserting_before(output):
+        changed = change(_result(gm))
+    output.args = ((changed,),)
+    gm.graph.lint()
+    gm.recompile()
+    return changed
+
+
+def test_packs_heads_by_taking_what_was_split() -> None:
+    gm = traced(Run(lambda _, x: x.view(x.shape[0], x.shape[1], 4, 8).transpose(1, 2)), _X)
+    assert _with_result(gm, pack_heads).op == "placeholder"
+
+
+def test_packs_and_unpacks_other_heads() -> None:
+    heads = random(BATCH, 4, TOKENS, 8)
+    gm = traced(Run(lambda _, x: 2 * x), heads)
+    before = _result(gm)
+    packed = _with_result(gm, pack_heads)
+    expected = (2 * heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(gm(heads)[0], expected, rtol=0, atol=0)
+    assert packed.meta["val"].shape == before.meta["val"].transpose(1, 2).flatten(2).shape
+    assert split_heads(_with_result(gm, lambda node: unpack_heads(node, before))) is not None
+    other = random(2, 4, TOKENS + 1, 8)
+    torch.testing.assert_close(gm(other)[0], 2 * other, rtol=0, atol=0)

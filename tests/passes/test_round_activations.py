@@ -5,9 +5,12 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+from modcompile.passes import lower_gates
+from modcompile.passes.nested_graphs import all_graphs
 from modcompile.passes.round_activations import round_activations, round_to_int8
 from modcompile.quantization import QuantizedWeight, pack, quantize
 from tests.passes.traced import BATCH, TOKENS, Run, random, traced
+from tests.tiny_graphs import hard_graph, random_routers
 
 _IN, _OUT, _GROUP = 96, 48, 64
 
@@ -52,12 +55,11 @@ def test_is_what_onnx_runtime_computes(num_bits: int, rows: int) -> None:
     assert not torch.allclose(x @ weight.dequantize(_IN).T, expected, rtol=1e-3, atol=1e-2)
 
 
-def test_rounds_what_the_named_weights_multiply() -> None:
-    inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+def test_rounds_what_the_given_weights_multiply() -> None:
+    first, second = inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
     x = random(BATCH, TOKENS, 8)
     gm = traced(Run(lambda self, x: self.inner(x), inner=inner), x)
-    rounded = round_activations(gm, ["module.inner.1.weight"], 4)
-    first, second = inner
+    rounded = round_activations(gm, {second.get_parameter("weight")}, 4)
     with torch.no_grad():
         torch.testing.assert_close(rounded(x)[0], second(round_to_int8(first(x), 4)))
         assert torch.equal(gm(x)[0], inner(x))
@@ -67,7 +69,23 @@ def test_what_several_products_read_is_rounded_once() -> None:
     inner = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     x = random(BATCH, TOKENS, 8)
     gm = traced(Run(lambda self, x: (self.inner[0](x), self.inner[1](x)), inner=inner), x)
-    rounded = round_activations(gm, [f"module.inner.{index}.weight" for index in range(2)], 4)
+    rounded = round_activations(gm, {linear.get_parameter("weight") for linear in inner}, 4)
     assert sum(node.target is round_to_int8 for node in rounded.graph.nodes) == 1
     with torch.no_grad():
         torch.testing.assert_close(list(rounded(x)), [linear(round_to_int8(x, 4)) for linear in inner])
+
+
+def test_rounds_in_the_branches_of_a_lowered_graph() -> None:
+    """Where both are on one weight, in both."""
+    gm = lower_gates(hard_graph("llama", random_routers([1])))
+    branches = [gm.get_submodule(f"blocks.1.{name}") for name in ("then_branch", "else_branch")]
+    (key,) = {weight for name, weight in branches[1].named_parameters() if name.endswith("k_proj.weight")}
+    rounded = round_activations(gm, {key}, 16)
+    graphs = [rounded.get_submodule(f"blocks.1.{name}") for name in ("then_branch", "else_branch")]
+    found = [
+        sum(node.target is round_to_int8 for inner in all_graphs(graph) for node in inner.graph.nodes)
+        for graph in graphs
+    ]
+    assert found == [1, 1]
+    untouched = rounded.get_submodule("blocks.0")
+    assert not any(node.target is round_to_int8 for inner in all_graphs(untouched) for node in inner.graph.nodes)

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from transformers import PreTrainedModel
 
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph
@@ -12,7 +12,7 @@ from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import MultiPrecisionWeight, quantize_weight
 from modcompile.quantizing import find_block_linears
 from tests.model_inputs import make_inputs
-from tests.passes.traced import calls
+from tests.passes.traced import BATCH, TOKENS, Run, calls, random, traced
 
 
 def _weights(
@@ -53,3 +53,16 @@ def test_computes_what_the_dequantized_weights_do(
     inputs = make_inputs(model, 3, 5, 4, "left", 0)
     actual, expected = (fx.GraphModule(modules, graph)(*inputs.flat) for modules in versions)
     torch.testing.assert_close(inputs.at_tokens(actual), inputs.at_tokens(expected), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_one_product_may_be_the_input_of_another() -> None:
+    inner = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    x = random(BATCH, TOKENS, 32)
+    gm = traced(Run(lambda self, x: self.inner(x), inner=inner), x)
+    weights = _weights(gm, is_transposed=False, config=QuantizationConfig(precisions=[4], group_size=32))
+    quantized = use_precision(gm, weights, 4)
+    assert calls(quantized) == {"matmul_nbits": 2, "add": 2}
+    for (_, linear), weight in zip(inner.named_children(), weights.values(), strict=True):
+        linear.get_parameter("weight").copy_(weight.dequantize(4))
+    torch.testing.assert_close(quantized(x)[0], inner(x))
