@@ -20,6 +20,7 @@ from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.layer_ranges import name_of
 from modcompile.passes import fuse_operators
+from modcompile.passes.compact_tokens import compact_tokens
 from modcompile.passes.fuse_for_onnxruntime import fuse_for_onnxruntime
 from modcompile.passes.keep_last_logits import LOGITS_TO_KEEP, keep_last_logits
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, gated_layers
@@ -33,13 +34,18 @@ _OVERRIDABLE = (ROUTING_THRESHOLD, PRECISION_BIAS, LOGITS_TO_KEEP)
 _SIZES = ({"batch": 2, "sequence": 3, "past": 5}, {"batch": 3, "sequence": 5, "past": 7})
 
 
-def build_model(gm: fx.GraphModule, *, emit_routing: bool = False, max_positions: int | None = None) -> ir.Model:
+def build_model(
+    gm: fx.GraphModule, *, emit_routing: bool = False, max_positions: int | None = None, compact: bool = False
+) -> ir.Model:
     """The ONNX model of a graph in the form that `lower_gates` returns (or in outlined form, for a dense model).
 
     With `max_positions`, how long a sequence may get, it has the operators that ONNX Runtime alone has; without, those
-    of the ONNX standard. Weights are not copied: the tensors of the result are those of `gm` until it is saved.
+    of the ONNX standard. `compact` is for blocks that compute the open tokens only (`compact_tokens`). Weights are not
+    copied: the tensors of the result are those of `gm` until it is saved.
     """
     gm = fuse_operators(gm)
+    if compact:
+        gm = compact_tokens(gm)
     metadata = {}
     if max_positions is not None:
         fused = fuse_for_onnxruntime(gm, max_positions)

@@ -55,6 +55,14 @@ class ExportConfig:
             "operators of the ONNX standard."
         },
     )
+    prefill: Literal["mask", "compact"] = field(
+        default="mask",
+        metadata={
+            "help": "How a block that some tokens of a prompt need is executed. mask: for all tokens, and those that "
+            "skip it keep what they had. compact: the projections after attention and the MLP only for the tokens that "
+            "need it; a decode step is then a little slower."
+        },
+    )
     hard_threshold: float = field(
         default=0.5,
         metadata={"help": "A block is executed where a gate is above this; a session may override it at run time."},
@@ -110,6 +118,7 @@ class ExportConfig:
         check_choice("verify", self.verify, ("full", "none"))
         check_choice("target", self.target, ("ort", "onnx"))
         check_choice("fold_gates", self.fold_gates, ("auto", "none"))
+        check_choice("prefill", self.prefill, ("mask", "compact"))
         check_threshold(self.hard_threshold)
         check_choice("weights", self.weights, ("fp32", *INTEGER_WEIGHTS))
         if self.group_size is not None:

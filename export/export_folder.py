@@ -134,7 +134,12 @@ def export_folder(
         max_positions = model.max_positions if config.target == "ort" else None
 
     def build(exportable: Exportable) -> ir.Model:
-        return build_model(exportable.graph(), emit_routing=config.emit_routing, max_positions=max_positions)
+        return build_model(
+            exportable.graph(),
+            emit_routing=config.emit_routing,
+            max_positions=max_positions,
+            compact=config.prefill == "compact",
+        )
 
     folding = None
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:

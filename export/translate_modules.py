@@ -15,14 +15,19 @@ import onnx_ir.passes.common as common_passes
 import torch
 from torch import nn
 
-from modcompile.export import attention_translation, norm_translation, quantized_translation
+from modcompile.export import attention_translation, norm_translation, open_tokens_translation, quantized_translation
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.stages import stage
 
 OPSET = 23
 
-_TRANSLATIONS = attention_translation.TRANSLATIONS | norm_translation.TRANSLATIONS | quantized_translation.TRANSLATIONS
+_TRANSLATIONS = (
+    attention_translation.TRANSLATIONS
+    | norm_translation.TRANSLATIONS
+    | open_tokens_translation.TRANSLATIONS
+    | quantized_translation.TRANSLATIONS
+)
 
 Example = tuple[torch.Tensor, torch.Tensor]
 """One tensor at two sets of sizes: the dimensions in which they differ are dynamic."""

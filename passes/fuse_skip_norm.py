@@ -27,7 +27,7 @@ _aten = torch.ops.aten
 def skip_rms_norm(
     x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of `x + skip`, both `[B, T, H]`, times `weight [H]`; and the sum."""
+    """The norm of `x + skip`, both `[B, T, H]` or `[M, H]`, times `weight [H]`; and the sum."""
     total = x + skip
     return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
 
@@ -51,7 +51,7 @@ def fuse_skip_norm(graph: fx.Graph) -> int:
         if not is_call(total, _aten.add.Tensor) or total.kwargs or len(weight_and_eps) != 2 or norm.kwargs:
             continue
         x, skip = total.args
-        if not (isinstance(skip, fx.Node) and len(shape_of(x)) == 3 and shape_of(x) == shape_of(skip)):
+        if not (isinstance(skip, fx.Node) and len(shape_of(x)) in (2, 3) and shape_of(x) == shape_of(skip)):
             continue
         order = list(graph.nodes)
         if None in weight_and_eps or any(order.index(user) < order.index(norm) for user in total.users):

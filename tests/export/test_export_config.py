@@ -19,7 +19,7 @@ def test_refuses_what_is_no_threshold(threshold: float) -> None:
         ExportConfig(hard_threshold=threshold)
 
 
-@pytest.mark.parametrize("option", ["target", "verify"])
+@pytest.mark.parametrize("option", ["target", "prefill", "verify"])
 def test_refuses_what_is_no_choice(option: str) -> None:
     choice: Any = {option: "some"}
     with pytest.raises(ConfigError, match=f"--{option} is 'some'"):
@@ -28,7 +28,7 @@ def test_refuses_what_is_no_choice(option: str) -> None:
 
 def test_defaults_to_onnxruntime_a_half_and_no_outputs_of_ours() -> None:
     assert ExportConfig() == ExportConfig(
-        target="ort", hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None
+        target="ort", hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None, prefill="mask"
     )
     assert ExportConfig().rounding is None
 
