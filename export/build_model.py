@@ -18,6 +18,7 @@ from modcompile.export.compose_graph import Composer, Operand, opset_imports
 from modcompile.export.hoist_shared import HoistShared
 from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.export.quiet_exporter import quiet_exporter
+from modcompile.export.store_half import StoreHalf
 from modcompile.layer_ranges import name_of
 from modcompile.passes import fuse_operators
 from modcompile.passes.compact_tokens import compact_tokens
@@ -35,13 +36,19 @@ _SIZES = ({"batch": 2, "sequence": 3, "past": 5}, {"batch": 3, "sequence": 5, "p
 
 
 def build_model(
-    gm: fx.GraphModule, *, emit_routing: bool = False, max_positions: int | None = None, compact: bool = False
+    gm: fx.GraphModule,
+    *,
+    emit_routing: bool = False,
+    max_positions: int | None = None,
+    compact: bool = False,
+    half: bool = False,
 ) -> ir.Model:
     """The ONNX model of a graph in the form that `lower_gates` returns (or in outlined form, for a dense model).
 
     With `max_positions`, how long a sequence may get, it has the operators that ONNX Runtime alone has; without, those
-    of the ONNX standard. `compact` is for blocks that compute the open tokens only (`compact_tokens`). Weights are not
-    copied: the tensors of the result are those of `gm` until it is saved.
+    of the ONNX standard. `compact` is for blocks that compute the open tokens only (`compact_tokens`). With `half`,
+    weights that float16 holds exactly are stored so. Weights are not copied: the tensors of the result are those of
+    `gm` until it is saved.
     """
     gm = fuse_operators(gm)
     if compact:
@@ -90,6 +97,7 @@ def build_model(
         ir.passes.Sequential(
             common_passes.InlinePass(),
             PretransposeWeights(),
+            *([StoreHalf()] if half else []),
             common_passes.DeduplicateInitializersPass(),
             HoistShared(),
             common_passes.OutputFixPass(),

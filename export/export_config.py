@@ -84,7 +84,10 @@ class ExportConfig:
     )
     always_active: str | None = field(
         default=None,
-        metadata={"help": "Layers, such as 0-3,7, to execute always, without their gates. Of routed folders."},
+        metadata={
+            "help": "Layers, such as 0-3,7, to execute always, without their gates; all makes a dense artifact. Of "
+            "routed folders."
+        },
     )
     always_skipped: str | None = field(
         default=None,
@@ -92,11 +95,12 @@ class ExportConfig:
             "help": "Layers to skip always, of which only what makes keys and values is kept. Of routed folders."
         },
     )
-    weights: Literal["fp32", "int8", "int4"] = field(
+    weights: Literal["fp32", "fp16", "int8", "int4"] = field(
         default="fp32",
         metadata={
             "help": "How weights are stored that nothing has quantized yet, embedding and head included: as they are, "
-            "or rounded to nearest. What int4 loses is told; modcompile.quantize --precisions 4 loses less in blocks."
+            "or rounded to nearest. fp16 halves the files; a session computes in float32 all the same. What is lost "
+            "is told; modcompile.quantize --precisions 4 loses less in blocks than int4."
         },
     )
     group_size: int | None = field(
@@ -120,7 +124,7 @@ class ExportConfig:
         check_choice("fold_gates", self.fold_gates, ("auto", "none"))
         check_choice("prefill", self.prefill, ("mask", "compact"))
         check_threshold(self.hard_threshold)
-        check_choice("weights", self.weights, ("fp32", *INTEGER_WEIGHTS))
+        check_choice("weights", self.weights, ("fp32", "fp16", *INTEGER_WEIGHTS))
         if self.group_size is not None:
             if self.rounding is None:
                 raise ConfigError(f"--group_size is for integer weights, and --weights is {self.weights}: leave it out")

@@ -86,9 +86,10 @@ class ExportResult:
             spent = f"{proved.average_bits:.2f} bits on average"
         rounding = self.config.rounding
         lost = ""
-        if rounding is not None:
+        if self.config.weights != "fp32":
+            groups = f" in groups of {rounding.group_size}" if rounding else ""
             lost = (
-                f"\n{self.config.weights} weights in groups of {rounding.group_size}: on longer texts perplexity "
+                f"\n{self.config.weights} weights{groups}: on longer texts perplexity "
                 f"{proved.perplexity_rounded['onnx']:.3f} as shipped, {proved.perplexity_unrounded:.3f} before rounding"
             )
         return (
@@ -139,6 +140,7 @@ def export_folder(
             emit_routing=config.emit_routing,
             max_positions=max_positions,
             compact=config.prefill == "compact",
+            half=config.weights == "fp16",
         )
 
     folding = None

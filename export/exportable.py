@@ -16,6 +16,7 @@ from modcompile.export.export_config import ExportConfig, WeightRounding
 from modcompile.export.folding import UNFOLDED, Folding
 from modcompile.export.precision_cases import precision_cases
 from modcompile.export.precision_subject import PrecisionSubject
+from modcompile.export.round_to_half import round_to_half
 from modcompile.export.round_weights import round_weights
 from modcompile.export.shipped_perplexity import Rows, ShippedPerplexity, perplexity, perplexity_rows, token_losses
 from modcompile.export.subject import Subject
@@ -99,19 +100,21 @@ def of_gates(
     rows = perplexity_rows(model.config, texts) if is_proved else []
     before: float | None = None
     weights: Mapping[nn.Parameter, PackedWeight] = {}
+    if is_proved and config.weights != "fp32":
+        before = _perplexity(model, rows)
     if rounding is not None:
-        before = _perplexity(model, rows) if is_proved else None
         weights = round_weights(model.hard_graph(), rounding=rounding)
+    elif config.weights == "fp16":
+        round_to_half(model.hard_graph())
     cases = verification_cases(model, texts, thresholds) if is_proved else []
 
     def fold(folding: Folding) -> Exportable:
-        graph: MakeGraph = partial(folding.graph, model)
-        perplexity = None
+        rounded = graph = partial(folding.graph, model)
         if rounding is not None:
             graph, rounded = _on_codes(graph, graph, weights, rounding)
-            perplexity = ShippedPerplexity(rows, rounded, before)
         proof = None
         if is_proved:
+            perplexity = ShippedPerplexity(rows, rounded, before) if config.weights != "fp32" else None
             forced = [replace(case, thresholds=tuple(folding.thresholds(case.thresholds, gates))) for case in cases]
             proof = Proof(DepthSubject(model, perplexity, folding), forced)
         return Exportable(graph, model.config, proof, Foldable(model, texts, fold))
@@ -128,8 +131,11 @@ def _of_precisions(
     texts = texts_of(model.config) if is_proved else []
     rows = perplexity_rows(model.config, texts)
     graph, rounded, before = model.export_graph, model.rounded_graph, None
+    if is_proved and config.weights != "fp32":
+        before = _perplexity(model, rows)
+    if config.weights == "fp16":
+        round_to_half(graph())
     if config.rounding is not None:
-        before = _perplexity(model, rows) if is_proved else None
         whole = graph()
         # Blocks have their precisions, of which 16 bits are the original weights.
         ends = [whole.get_submodule(name) for name in ("prologue", "epilogue")]

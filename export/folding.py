@@ -14,6 +14,7 @@ from modcompile.passes import harden_gates, lower_gates
 from modcompile.passes.fold_gates import fold_gates
 
 _EXECUTING, _SKIPPING = 0.0, 2.0  # thresholds
+_ALL = "all"
 
 _T = TypeVar("_T")
 
@@ -53,7 +54,7 @@ UNFOLDED = Folding()
 
 
 def asked_folding(always_active: str | None, always_skipped: str | None, gates: Sequence[range]) -> Folding:
-    """The gates whose layers are named, in lists such as `0-3,7`.
+    """The gates whose layers are named, in lists such as `0-3,7`, or `all`.
 
     Raises:
         ConfigError: a list is none, or names a layer without a gate, some but not all layers of a gate, or a layer that
@@ -70,10 +71,12 @@ def asked_folding(always_active: str | None, always_skipped: str | None, gates: 
 def _named(flag: str, text: str | None, gates: Sequence[range]) -> tuple[range, ...]:
     if text is None:
         return ()
+    if text == _ALL:
+        return tuple(gates)
     try:
         named = set(layers_in(text))
     except ValueError as error:
-        raise ConfigError(f"--{flag} is {text!r}; give layers, such as 0-3,7") from error
+        raise ConfigError(f"--{flag} is {text!r}; give layers, such as 0-3,7, or {_ALL}") from error
     routed = {layer for layers in gates for layer in layers}
     for layer in sorted(named - routed):
         raise ConfigError(f"--{flag} names layer {layer}, which has no gate; gates have {names_of(gates)}")

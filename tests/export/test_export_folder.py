@@ -219,6 +219,28 @@ def test_writes_integer_weights_and_tells_what_they_lost(
     )
 
 
+def test_writes_weights_in_half_of_the_bytes_and_tells_what_they_lost(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    result = export_folder(folder, tmp_path / "onnx", ExportConfig(weights="fp16"))
+    proved = result.verification
+    assert proved.passed
+    tensors = onnx.load(result.output / MODEL_FILE).graph.initializer
+    weights = [tensor for tensor in tensors if tensor.data_type == onnx.TensorProto.FLOAT16]
+    base = [parameter.numel() for parameter in tiny_base().parameters() if parameter.dim() == 2]
+    assert sum(len(tensor.raw_data) for tensor in weights) >= 2 * sum(base)
+    assert not [
+        tensor.name for tensor in tensors if tensor.data_type == onnx.TensorProto.FLOAT and "proj" in tensor.name
+    ]
+    *_, last = result.summary().splitlines()
+    assert proved.perplexity_unrounded is not None
+    assert last == (
+        f"fp16 weights: on longer texts perplexity {proved.perplexity_rounded['onnx']:.3f} as shipped, "
+        f"{proved.perplexity_unrounded:.3f} before rounding"
+    )
+
+
 def test_replaces_an_earlier_export(folder: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_prebuilt(onnx_folder, monkeypatch)
     earlier = folder / "onnx"

@@ -9,15 +9,16 @@ GATES = (range(2, 4), range(4, 6), range(6, 7))
 
 def test_asks_for_gates_by_their_layers() -> None:
     assert asked_folding("2-3,6", "4,5", GATES) == Folding((GATES[0], GATES[2]), (GATES[1],))
+    assert asked_folding("all", None, GATES) == Folding(GATES)
     assert asked_folding(None, None, GATES) == UNFOLDED
 
 
 @pytest.mark.parametrize(
     ("active", "skipped", "message"),
     [
-        ("2-", None, r"--always_active is '2-'; give layers, such as 0-3,7"),
-        ("", None, r"--always_active is ''; give layers, such as 0-3,7"),
-        (None, "6-4", r"--always_skipped is '6-4'; give layers, such as 0-3,7"),
+        ("2-", None, r"--always_active is '2-'; give layers, such as 0-3,7, or all"),
+        ("", None, r"--always_active is ''; give layers, such as 0-3,7, or all"),
+        (None, "6-4", r"--always_skipped is '6-4'; give layers, such as 0-3,7, or all"),
         ("1-3", None, r"--always_active names layer 1, which has no gate; gates have 2-3,4-5,6"),
         (None, "7", r"--always_skipped names layer 7, which has no gate; gates have 2-3,4-5,6"),
         ("4", None, r"--always_active leaves out layer 5 of 4-5, which share a gate; name all"),
