@@ -24,18 +24,19 @@ class Export:
 
     name: str
     commands: tuple[str, ...]
-    """`python -m` is put before each, {source}, {work} and {output} are folders; {work} is gone afterwards."""
+    """`python -m` is put before each; {source} is a folder, {model} its name, and {work} a folder that the last one
+    leaves an export in, as `onnx`."""
 
-    def build(self, source: Path, output: Path) -> dict[str, float]:
+    def build(self, source: Source, output: Path) -> dict[str, float]:
         """Write the export into the folder `output`; returns how many of the seconds verification took."""
         with tempfile.TemporaryDirectory(dir=output.parent) as name:
             work = Path(name) / "work"
             for command in self.commands:
-                folders = {"source": source, "work": work, "output": output / "onnx"}
-                module, *arguments = [part.format_map(folders) for part in shlex.split(command)]
+                given = {"source": source.folder, "model": source.name, "work": work}
+                module, *arguments = [part.format_map(given) for part in shlex.split(command)]
                 run_module(Path(sys.executable), module, arguments)
-            report = read_report(work if work.is_dir() else source)
-        return {"verifying_seconds": report["export"]["seconds"]["verifying"]}
+            (work / "onnx").rename(output / "onnx")
+            return {"verifying_seconds": read_report(work)["export"]["seconds"].get("verifying", 0.0)}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class OwnCase:
     """None leaves the thresholds as exported, as an export without routers needs."""
     huge_pages: bool = True
     """Whether it asks the kernel for huge pages, as modcompile.generate does."""
+    scored: bool = False
+    """Whether its perplexity says something: of forced or random skipping it does not."""
 
     def thresholds(self, count: int) -> list[float] | None:
         """One for each of `count` routed blocks; those in the middle are skipped."""
@@ -58,21 +61,24 @@ class OwnCase:
         return [2.0 if first <= block < first + skipped else 0.0 for block in range(count)]
 
 
-_ROUTED = Export(
-    "routed fp32",
-    ("modcompile.rewrite {source} --output_dir {work}", "modcompile.export {work} --output_dir {output}"),
-)
-_FOUR_BITS = Export(
-    "4 bits in blocks",
-    (
-        "modcompile.quantize {source} --output_dir {work} --precisions 4 --group_size 32 --method rtn",
-        "modcompile.export {work} --output_dir {output}",
-    ),
-)
+_REWRITE = "modcompile.rewrite {source} --output_dir {work} --export --verify none --weights int4"
+_LINEAR = "--router_hidden_size 0"
+_DENSE = Export("dense int4", (f"{_REWRITE} {_LINEAR} --always_active all",))
+_ROUTED = Export("routed int4", (f"{_REWRITE} {_LINEAR} --blocks_per_gate 3",))
+_EACH = Export("routed int4, a gate a block", (f"{_REWRITE} {_LINEAR}",))
+_RANDOM = "benchmarks.peers.random_routers {source} --model {model} --output_dir {work} --skipped 0.3"
+_EXPORT = "modcompile.export {work} --verify none --weights int4"
+_MASKED = Export("random routers, masked", (_RANDOM, f"{_EXPORT} --prefill mask"))
+_COMPACT = Export("random routers, compact", (_RANDOM, f"{_EXPORT} --prefill compact"))
 OWN_CASES = (
-    OwnCase("ours: 4 bits in blocks, fp32 head", _FOUR_BITS),
-    OwnCase("ours: routed fp32, none skipped", _ROUTED, skipped=0.0),
-    OwnCase("ours: routed fp32, 20 % skipped", _ROUTED, skipped=0.2),
+    OwnCase("ours: dense int4", _DENSE, scored=True),
+    OwnCase("ours: dense int4, plain pages", _DENSE, huge_pages=False),
+    OwnCase("ours: routed int4, none skipped", _ROUTED, skipped=0.0),
+    OwnCase("ours: routed int4, 20 % skipped", _ROUTED, skipped=0.2),
+    OwnCase("ours: routed int4, a gate a block, none skipped", _EACH, skipped=0.0),
+    OwnCase("ours: routed int4, a gate a block, 20 % skipped", _EACH, skipped=0.2),
+    OwnCase("ours: random routers skip 30 %, masked", _MASKED),
+    OwnCase("ours: random routers skip 30 %, compact", _COMPACT),
 )
 
 
@@ -81,8 +87,8 @@ def own_cases(source: Source, work: Path) -> tuple[list[Case], dict[str, dict[st
     cases, told = [], {}
     for own in OWN_CASES:
         folder = work / own.export.name.replace(" ", "_")
-        told[f"ours: {own.export.name}"] = build_once(folder, partial(own.export.build, source.folder))
+        told[f"ours: {own.export.name}"] = build_once(folder, partial(own.export.build, source))
         routed = RoutedSession(folder / "onnx" / MODEL_FILE).num_thresholds if own.skipped is not None else 0
         model = {"folder": str(folder / "onnx"), "thresholds": own.thresholds(routed), "huge_pages": own.huge_pages}
-        cases.append(Case(own.name, "ours", Path(sys.executable), model, scored=not own.skipped))
+        cases.append(Case(own.name, "ours", Path(sys.executable), model, scored=own.scored))
     return cases, told
