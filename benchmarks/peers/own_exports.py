@@ -24,15 +24,16 @@ class Export:
 
     name: str
     commands: tuple[str, ...]
-    """`python -m` is put before each; {source} is a folder, {model} its name, and {work} a folder that the last one
-    leaves an export in, as `onnx`."""
+    """`python -m` is put before each; {source} is a folder, {model} its name, {blocks_per_gate} what suits its size,
+    and {work} a folder that the last one leaves an export in, as `onnx`."""
 
     def build(self, source: Source, output: Path) -> dict[str, float]:
         """Write the export into the folder `output`; returns how many of the seconds verification took."""
         with tempfile.TemporaryDirectory(dir=output.parent) as name:
             work = Path(name) / "work"
             for command in self.commands:
-                given = {"source": source.folder, "model": source.name, "work": work}
+                given: dict[str, object] = {"source": source.folder, "model": source.name, "work": work}
+                given["blocks_per_gate"] = source.blocks_per_gate
                 module, *arguments = [part.format_map(given) for part in shlex.split(command)]
                 run_module(Path(sys.executable), module, arguments)
             (work / "onnx").rename(output / "onnx")
@@ -61,25 +62,23 @@ class OwnCase:
         return [2.0 if first <= block < first + skipped else 0.0 for block in range(count)]
 
 
-_REWRITE = "modcompile.rewrite {source} --output_dir {work} --export --verify none --weights int4"
-_LINEAR = "--router_hidden_size 0"
-_DENSE = Export("dense int4", (f"{_REWRITE} {_LINEAR} --always_active all",))
-_ROUTED = Export("routed int4", (f"{_REWRITE} {_LINEAR} --blocks_per_gate 3",))
-_EACH = Export("routed int4, a gate a block", (f"{_REWRITE} {_LINEAR}",))
+_REWRITE = (
+    "modcompile.rewrite {source} --output_dir {work} --export --verify none --weights int4 --router_hidden_size 0"
+)
+_DENSE = Export("dense int4", (f"{_REWRITE} --always_active all",))
+_ROUTED = Export("routed int4", (f"{_REWRITE} --blocks_per_gate {{blocks_per_gate}}",))
 _RANDOM = "benchmarks.peers.random_routers {source} --model {model} --output_dir {work} --skipped 0.3"
-_EXPORT = "modcompile.export {work} --verify none --weights int4"
-_MASKED = Export("random routers, masked", (_RANDOM, f"{_EXPORT} --prefill mask"))
-_COMPACT = Export("random routers, compact", (_RANDOM, f"{_EXPORT} --prefill compact"))
+_AT_RANDOM = Export(
+    "random routers", (_RANDOM, "modcompile.export {work} --verify none --weights int4 --fold_gates none")
+)
 OWN_CASES = (
     OwnCase("ours: dense int4", _DENSE, scored=True),
     OwnCase("ours: dense int4, plain pages", _DENSE, huge_pages=False),
     OwnCase("ours: routed int4, none skipped", _ROUTED, skipped=0.0),
     OwnCase("ours: routed int4, 20 % skipped", _ROUTED, skipped=0.2),
-    OwnCase("ours: routed int4, a gate a block, none skipped", _EACH, skipped=0.0),
-    OwnCase("ours: routed int4, a gate a block, 20 % skipped", _EACH, skipped=0.2),
-    OwnCase("ours: random routers skip 30 %, masked", _MASKED),
-    OwnCase("ours: random routers skip 30 %, compact", _COMPACT),
+    OwnCase("ours: int4, random routers skip 30 %", _AT_RANDOM),
 )
+"""Routers are linear, one for so many blocks as `Source` says; those at random one for each."""
 
 
 def own_cases(source: Source, work: Path) -> tuple[list[Case], dict[str, dict[str, float]]]:

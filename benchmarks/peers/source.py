@@ -31,6 +31,11 @@ class Source:
         """Whether it has a tokenizer, and weights that text means something to."""
         return self.name in _CHECKPOINTS
 
+    @property
+    def blocks_per_gate(self) -> int:
+        """How many blocks share a gate: where a block takes a fraction of a millisecond, a router for each costs."""
+        return 3 if self.name in _CHECKPOINTS else 1
+
     def tokens(self, count: int) -> list[int]:
         """Held-out text, from its beginning again where it is too short; random tokens for random weights."""
         if not self.reads_text:

@@ -1,6 +1,7 @@
 """Exports that take an ONNX model from a folder instead of building it, and verify it on little: that saves time."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -14,7 +15,7 @@ from modcompile.export.session import MODEL_FILE
 def use_prebuilt(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`onnx_folder` must be of the model that is exported, with --emit_routing."""
 
-    def build_model(_: fx.GraphModule, *, emit_routing: bool, max_positions: int | None) -> ir.Model:
+    def build_model(_: fx.GraphModule, *, emit_routing: bool, **options: Any) -> ir.Model:
         model = ir.load(onnx_folder / MODEL_FILE)
         if not emit_routing:
             told = ("routing.", "precision.")

@@ -28,7 +28,7 @@ def test_refuses_what_is_no_choice(option: str) -> None:
 
 def test_defaults_to_onnxruntime_a_half_and_no_outputs_of_ours() -> None:
     assert ExportConfig() == ExportConfig(
-        target="ort", hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None, prefill="mask"
+        target="ort", hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None, prefill="compact"
     )
     assert ExportConfig().rounding is None
 
