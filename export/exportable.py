@@ -109,7 +109,8 @@ def of_gates(
     cases = verification_cases(model, texts, thresholds) if is_proved else []
 
     def fold(folding: Folding) -> Exportable:
-        rounded = graph = partial(folding.graph, model)
+        graph: MakeGraph = partial(folding.graph, model)
+        rounded = graph
         if rounding is not None:
             graph, rounded = _on_codes(graph, graph, weights, rounding)
         proof = None

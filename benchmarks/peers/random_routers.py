@@ -44,7 +44,8 @@ def randomize(model: RoutedForCausalLM, tokens: list[int], skipped: float) -> fl
     """Draw the linear routers of a soft model, and close each for a share of the tokens; returns the share reached."""
     torch.manual_seed(0)
     hooks = []
-    for router in model.routers.values():
+    routers: list[Any] = list(model.routers.values())
+    for router in routers:
         nn.init.normal_(router.score.down.weight)
         hooks.append(router.register_forward_pre_hook(partial(_set_bias, skipped=skipped)))
     gates = model(torch.tensor([tokens]), use_cache=False).gates

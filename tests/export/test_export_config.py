@@ -59,7 +59,7 @@ def test_refuses_groups_of_weights_that_have_none() -> None:
 
 def test_refuses_other_weights() -> None:
     weights: Any = "int3"
-    with pytest.raises(ConfigError, match=r"^--weights is 'int3'; it must be one of fp32, int8, int4$"):
+    with pytest.raises(ConfigError, match=r"^--weights is 'int3'; it must be one of fp32, fp16, int8, int4$"):
         ExportConfig(weights=weights)
 
 
