@@ -24,16 +24,21 @@ class Export:
 
     name: str
     commands: tuple[str, ...]
-    """`python -m` is put before each; {source} is a folder, {model} its name, {blocks_per_gate} what suits its size,
-    and {work} a folder that the last one leaves an export in, as `onnx`."""
+    """`python -m` is put before each; {source} is a folder, {model} its name, {blocks_per_gate} what suits its size
+    ({coarse_blocks_per_gate} twice of that), and {work} a folder that the last one leaves an export in, as `onnx`."""
 
     def build(self, source: Source, output: Path) -> dict[str, float]:
         """Write the export into the folder `output`; returns how many of the seconds verification took."""
         with tempfile.TemporaryDirectory(dir=output.parent) as name:
             work = Path(name) / "work"
             for command in self.commands:
-                given: dict[str, object] = {"source": source.folder, "model": source.name, "work": work}
-                given["blocks_per_gate"] = source.blocks_per_gate
+                given = {
+                    "source": source.folder,
+                    "model": source.name,
+                    "work": work,
+                    "blocks_per_gate": source.blocks_per_gate,
+                    "coarse_blocks_per_gate": 2 * source.blocks_per_gate,
+                }
                 module, *arguments = [part.format_map(given) for part in shlex.split(command)]
                 run_module(Path(sys.executable), module, arguments)
             (work / "onnx").rename(output / "onnx")
@@ -67,18 +72,23 @@ _REWRITE = (
 )
 _DENSE = Export("dense int4", (f"{_REWRITE} --always_active all",))
 _ROUTED = Export("routed int4", (f"{_REWRITE} --blocks_per_gate {{blocks_per_gate}}",))
+_COARSE = Export("coarsely routed int4", (f"{_REWRITE} --blocks_per_gate {{coarse_blocks_per_gate}}",))
 _RANDOM = "benchmarks.peers.random_routers {source} --model {model} --output_dir {work} --skipped 0.3"
 _AT_RANDOM = Export(
     "random routers", (_RANDOM, "modcompile.export {work} --verify none --weights int4 --fold_gates none")
 )
+DENSE = "ours: dense int4"
+"""The case that routed ones are compared with."""
 OWN_CASES = (
-    OwnCase("ours: dense int4", _DENSE, scored=True),
+    OwnCase(DENSE, _DENSE, scored=True),
     OwnCase("ours: dense int4, plain pages", _DENSE, huge_pages=False),
     OwnCase("ours: routed int4, none skipped", _ROUTED, skipped=0.0),
     OwnCase("ours: routed int4, 20 % skipped", _ROUTED, skipped=0.2),
+    OwnCase("ours: coarsely routed int4, none skipped", _COARSE, skipped=0.0),
+    OwnCase("ours: coarsely routed int4, 20 % skipped", _COARSE, skipped=0.2),
     OwnCase("ours: int4, random routers skip 30 %", _AT_RANDOM),
 )
-"""Routers are linear, one for so many blocks as `Source` says; those at random one for each."""
+"""Routers are linear, one for so many blocks as `Source` says, or for twice as many; those at random one for each."""
 
 
 def own_cases(source: Source, work: Path) -> tuple[list[Case], dict[str, dict[str, float]]]:

@@ -8,7 +8,10 @@ from benchmarks.peers.rounds import Rounds
 
 
 def report(result: dict[str, Any]) -> str:
-    """Speeds, ratios to every peer, exports and perplexity, and how they were taken; `result` is what JSON holds."""
+    """Speeds, ratios to our dense export and to every peer, perplexity, and how they were taken.
+
+    `result` is what JSON holds.
+    """
     rounds, counts = result["rounds"], result["tokens"]
     columns = {
         "prefill": f"prefill of {counts['prompt']}, tokens/s",
@@ -19,8 +22,8 @@ def report(result: dict[str, Any]) -> str:
         "resident_before_mib": "before loading",
     }
     lines = _table(columns, {figure: spread_of(rounds, figure) for figure in columns}, list(rounds), _plain)
-    for figure in ("decode", "prefill", "prefill_long", "decode_context"):
-        lines += _ratios(rounds, figure, columns[figure], result["peers"])
+    for figure in ("decode", "prefill", "prefill_long", "decode_context", "resident_mib"):
+        lines += _ratios(rounds, figure, columns[figure], result["peers"], result["baseline"])
     if result["perplexity"]:
         lines += ["", "| case | perplexity |", "|---|---|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in result["perplexity"].items()]
@@ -32,12 +35,13 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ratios(rounds: Rounds, figure: str, title: str, peers: Sequence[str]) -> list[str]:
-    against = {peer: ratios_to(rounds, figure, peer) for peer in peers if figure in rounds[peer][0]}
+def _ratios(rounds: Rounds, figure: str, title: str, peers: Sequence[str], baseline: str) -> list[str]:
+    others = [name for name in (baseline, *peers) if name in rounds and figure in rounds[name][0]]
+    against = {other: ratios_to(rounds, figure, other) for other in others}
     names = [name for name in rounds if name not in peers and figure in rounds[name][0]]
     if not against or not names:
         return []
-    heading = {peer: f"against {peer}" for peer in against}
+    heading = {other: f"against {other}" for other in against}
     return ["", f"{title[0].upper()}{title[1:]}, as a multiple:", "", *_table(heading, against, names, _multiple)]
 
 
