@@ -33,8 +33,9 @@ _REWRITE = f"""
     --lock_first_layers 2 --lock_last_layers 2
     --dataset_name builtin --sequence_length 128 --per_device_train_batch_size 8 --max_train_steps 60
     --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 5 --save_strategy no
-    --router_lambda 3 --target_active_ratio 0.9 --export
+    --router_lambda 3 --target_active_ratio 0.9 --export --fold_gates none
 """
+# Without folding, what is exported is what is evaluated.
 _PROMPT = "The capital of France is"
 _NEW_TOKENS = 24
 
