@@ -55,7 +55,7 @@ bench: venv ## Measure what routing and precisions cost and gain, and our speed 
 	$(BIN)/python -m benchmarks.training_cost
 	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --rounds 5
 	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --model tinyllama-1.1b --rounds 3 --repeats 1 --new_tokens 24 \
-		--context_tokens 1024 --context_new_tokens 8
+		--context_tokens 0
 
 bench-peers: $(PEERS)/.installed ## Install those that `make bench` compares with (compiles for ten minutes)
 

@@ -28,7 +28,7 @@ from tests.tiny_routed import tiny_base, tiny_routed
 from tests.tiny_tokenizer import make_tokenizer
 
 # The same examples in every run: a failure is then the change's, not the draw's.
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40, database=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("repeatable")
 
 

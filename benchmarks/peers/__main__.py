@@ -24,11 +24,11 @@ def main() -> None:
         result = compare(args, Path(args.work_dir or temporary).absolute() / args.model)
     results = Path(__file__).parents[1] / "results"
     results.mkdir(exist_ok=True)
-    path = results / f"peers_{args.model}"
+    name = f"peers_{args.model}"  # which may hold a dot
     text = report(result)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    path.with_suffix(".md").write_text(text)
-    plot(result, path.with_suffix(".png"))
+    (results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (results / f"{name}.md").write_text(text)
+    plot(result, results / f"{name}.png")
     print(text)
 
 
