@@ -71,6 +71,13 @@ _REWRITE = (
     "modcompile.rewrite {source} --output_dir {work} --export --verify none --weights int4 --router_hidden_size 0"
 )
 _DENSE = Export("dense int4", (f"{_REWRITE} --always_active all",))
+_GPTQ = Export(
+    "dense int4 by GPTQ",
+    (
+        "modcompile.quantize {source} --output_dir {work} --precisions 4 --group_size 128 --method gptq",
+        "modcompile.export {work} --verify none --weights int4",
+    ),
+)
 _ROUTED = Export("routed int4", (f"{_REWRITE} --blocks_per_gate {{blocks_per_gate}}",))
 _COARSE = Export("coarsely routed int4", (f"{_REWRITE} --blocks_per_gate {{coarse_blocks_per_gate}}",))
 _RANDOM = "benchmarks.peers.random_routers {source} --model {model} --output_dir {work} --skipped 0.3"
@@ -82,6 +89,7 @@ DENSE = "ours: dense int4"
 OWN_CASES = (
     OwnCase(DENSE, _DENSE, scored=True),
     OwnCase("ours: dense int4, plain pages", _DENSE, huge_pages=False),
+    OwnCase("ours: dense int4 by GPTQ, groups of 128", _GPTQ, scored=True),
     OwnCase("ours: routed int4, none skipped", _ROUTED, skipped=0.0),
     OwnCase("ours: routed int4, 20 % skipped", _ROUTED, skipped=0.2),
     OwnCase("ours: coarsely routed int4, none skipped", _COARSE, skipped=0.0),
