@@ -60,7 +60,7 @@ class ExportConfig:
         metadata={
             "help": "How a block that some tokens of a prompt need is executed. compact: the projections after "
             "attention and the MLP only for the tokens that need it. mask: for all tokens, and those that skip it keep "
-            "what they had, which is at most a hundredth faster where every token needs every block."
+            "what they had, which is about a hundredth faster where every token needs every block."
         },
     )
     hard_threshold: float = field(
