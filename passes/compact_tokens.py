@@ -17,8 +17,9 @@ After::
 In a long prompt nearly every layer has some token that needs it, so skipping layers alone saves nothing there.
 
 There is no switch to plain execution for calls that nearly all tokens are open in, since it would gain next to nothing:
-on SmolLM2-135M at 4 bits, two cores, a gate a block, medians of 4 processes, a prompt of 512 tokens takes 808 ms with all of them open, and
-801 ms with a mask; with 30 % of the gates closed at random 659 and 805 ms. Decoding, 9.43 and 9.31 ms a token.
+on SmolLM2-135M at 4 bits, two cores, a gate a block, medians of 4 runs, a prompt of 512 tokens takes 808 ms with all
+of them open, and 801 ms with a mask; with 30 % of the gates closed at random 659 and 805 ms. Decoding, 9.43 and 9.31 ms
+a token.
 """
 
 import math
