@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import onnx_ir as ir
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import base_files, has_trained_routers, update_report
 from modcompile.checkpoint_sources import find_checkpoint
@@ -62,10 +62,11 @@ class ExportResult:
 
     def as_json(self) -> dict[str, Any]:
         """What `report.json` tells."""
-        rounding = self.config.rounding
+        rounding = self.config.weight_rounding
         return {
             "output": str(self.output),
             "weights": self.config.weights,
+            "rounding": self.config.rounding if rounding else None,
             "group_size": rounding and rounding.group_size,
             "bytes": self.num_bytes,
             "seconds": self.seconds,
@@ -84,10 +85,10 @@ class ExportResult:
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
-        rounding = self.config.rounding
+        rounding = self.config.weight_rounding
         lost = ""
         if self.config.weights != "fp32":
-            groups = f" in groups of {rounding.group_size}" if rounding else ""
+            groups = f" in groups of {rounding.group_size} by {self.config.rounding}" if rounding else ""
             lost = (
                 f"\n{self.config.weights} weights{groups}: on longer texts perplexity "
                 f"{proved.perplexity_rounded['onnx']:.3f} as shipped, {proved.perplexity_unrounded:.3f} before rounding"
@@ -128,9 +129,12 @@ def export_folder(
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
-        texts = partial(_texts, source)
-        model = of_gates(at_hand, config, texts) if at_hand is not None else load_exportable(source, config, texts)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
+        texts = partial(_texts, tokenizer)
+        if at_hand is not None:
+            model = of_gates(at_hand, config, texts, tokenizer)
+        else:
+            model = load_exportable(source, config, texts, tokenizer)
         generation = load_generation_config(source, model.config)
         max_positions = model.max_positions if config.target == "ort" else None
 
@@ -185,9 +189,8 @@ def export_folder(
     return result
 
 
-def _texts(source: Path, config: PretrainedConfig) -> Sequence[Sequence[int]]:
+def _texts(tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> Sequence[Sequence[int]]:
     """Rows of held-out English, or of random tokens for a model without a tokenizer."""
-    tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
     if tokenizer is not None:
         with quiet_transformers():  # The text is longer than the model's positions, its parts are not.
             tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids

@@ -41,6 +41,10 @@ class BlockInputs:
                 self._hidden.append(hidden)
                 self._shared.append(dict(zip(shared, rest, strict=True)))
 
+    def suit(self, call: fx.Node) -> bool:
+        """Whether what a call takes, such as that of a head, is what blocks are called with."""
+        return len(call.all_input_nodes) == len(call.args) and set(_arguments(call)[1:]) <= set(self._shared[0])
+
     def hessians(
         self, call: fx.Node, block: fx.GraphModule, uses: Sequence[LinearUse], *, seed: int = 0
     ) -> dict[LinearUse, torch.Tensor]:

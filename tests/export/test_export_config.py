@@ -30,15 +30,15 @@ def test_defaults_to_onnxruntime_a_half_and_no_outputs_of_ours() -> None:
     assert ExportConfig() == ExportConfig(
         target="ort", hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None, prefill="compact"
     )
-    assert ExportConfig().rounding is None
+    assert ExportConfig().weight_rounding is None
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
 def test_rounds_in_groups_of_the_size_asked_for(weights: Any, bits: int, group_size: int) -> None:
     default, asked = (
-        ExportConfig(weights=weights).rounding,
-        ExportConfig(weights=weights, group_size=group_size).rounding,
+        ExportConfig(weights=weights).weight_rounding,
+        ExportConfig(weights=weights, group_size=group_size).weight_rounding,
     )
     assert default is not None and default.num_bits == bits and default.group_size in GROUP_SIZES
     assert asked == dataclasses.replace(default, group_size=group_size)
