@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -128,13 +128,19 @@ def export_folder(
     if target == origin or target in origin.parents:
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
+
+    @cache
+    def tokenizer_of() -> PreTrainedTokenizerBase | None:
+        return load_tokenizer(find_checkpoint(str(source.resolve())))
+
+    def texts_of(config: PretrainedConfig) -> Sequence[Sequence[int]]:
+        return _texts(tokenizer_of(), config)
+
     with _timed("loading and tracing", seconds):
-        tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
-        texts = partial(_texts, tokenizer)
         if at_hand is not None:
-            model = of_gates(at_hand, config, texts, tokenizer)
+            model = of_gates(at_hand, config, texts_of, tokenizer_of)
         else:
-            model = load_exportable(source, config, texts, tokenizer)
+            model = load_exportable(source, config, texts_of, tokenizer_of)
         generation = load_generation_config(source, model.config)
         max_positions = model.max_positions if config.target == "ort" else None
 
@@ -164,7 +170,7 @@ def export_folder(
             onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=_DATA_FILE)
-            write_genai_config(staging, onnx_model, model.config, generation, tokenizer)
+            write_genai_config(staging, onnx_model, model.config, generation, tokenizer_of())
             del onnx_model
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:

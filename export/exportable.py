@@ -75,9 +75,11 @@ def load_exportable(
     source: Path,
     config: ExportConfig,
     texts_of: Callable[[PretrainedConfig], Rows],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer_of: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
 ) -> Exportable:
     """Read a routed or quantized folder to export it; `texts_of` gives 8 rows of token ids for its configuration.
+
+    `tokenizer_of` is asked where weights are to be rounded for a text.
 
     Raises:
         ArtifactError, CheckpointError: it can't be read.
@@ -97,14 +99,14 @@ def load_exportable(
                 "leave them out"
             )
         return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config, texts_of)
-    return of_gates(load_with_routers(source), config, texts_of, tokenizer)
+    return of_gates(load_with_routers(source), config, texts_of, tokenizer_of)
 
 
 def of_gates(
     model: RoutedForCausalLM,
     config: ExportConfig,
     texts_of: Callable[[PretrainedConfig], Rows],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer_of: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
 ) -> Exportable:
     """The same of a model in float32 that is at hand; it is made hard."""
     model.set_router_mode(config.hard_threshold)
@@ -120,7 +122,7 @@ def of_gates(
     if rounding is not None and nearest is not None:
         rounded_for_text: Mapping[nn.Parameter, PackedWeight] = {}
         if config.rounding == "gptq":
-            text = load_calibration_text(calibrated(rounding), tokenizer, model.config)
+            text = load_calibration_text(calibrated(rounding), tokenizer_of(), model.config)
             assert text is not None
             rounded_for_text = round_for_text(model.base, rounding, text)
         weights = round_weights(model.hard_graph(), rounding=nearest, rounded=rounded_for_text)

@@ -69,5 +69,5 @@ def _factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
     except ValueError as error:
         raise CheckpointError(
             f"the inputs of {name} on the calibration text are no finite numbers ({error}); check the checkpoint, or "
-            "quantize with --method rtn"
+            "round to nearest (rtn)"
         ) from error

@@ -57,6 +57,37 @@ def test_refuses_groups_of_weights_that_have_none() -> None:
         ExportConfig(group_size=32)
 
 
+@pytest.mark.parametrize("group_size", [16, 256])
+def test_refuses_groups_that_no_text_rounds(group_size: int) -> None:
+    with pytest.raises(ConfigError, match=r"^--group_size is \d+; it must be one of 32, 64, 128 with --rounding gptq$"):
+        ExportConfig(weights="int4", rounding="gptq", group_size=group_size)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16"])
+def test_refuses_to_round_for_a_text_what_stays_as_it_is(weights: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^--rounding gptq is for integer weights, and --weights is {weights}: leave it out$"
+    ):
+        ExportConfig(weights=weights, rounding="gptq")
+
+
+def test_refuses_another_rounding() -> None:
+    rounding: Any = "up"
+    with pytest.raises(ConfigError, match=r"^--rounding is 'up'; it must be one of rtn, gptq$"):
+        ExportConfig(weights="int4", rounding=rounding)
+
+
+def test_what_is_only_looked_up_stays_in_small_groups_unless_told() -> None:
+    """By the text, what is multiplied by has the larger groups, which are faster."""
+    by_text = ExportConfig(weights="int4", rounding="gptq")
+    nearest = ExportConfig(weights="int4").weight_rounding
+    assert by_text.nearest_rounding == nearest is not None
+    assert by_text.weight_rounding is not None and by_text.weight_rounding.group_size > nearest.group_size
+    told = ExportConfig(weights="int4", rounding="gptq", group_size=64)
+    assert told.nearest_rounding is not None and told.weight_rounding is not None
+    assert told.nearest_rounding.group_size == told.weight_rounding.group_size == 64
+
+
 def test_refuses_other_weights() -> None:
     weights: Any = "int3"
     with pytest.raises(ConfigError, match=r"^--weights is 'int3'; it must be one of fp32, fp16, int8, int4$"):
