@@ -426,3 +426,17 @@ def test_refuses_a_folder_of_look_up_tables(tmp_path: Path) -> None:
         export_folder(tmp_path / "tables", tmp_path / "onnx", ExportConfig())
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == {"tables"}
+
+
+def test_stores_what_a_quantized_folder_has_not_quantized_in_half_of_the_bytes(
+    choosing_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embedding and head; with 16 bits to choose from, the original weights of blocks as well."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    result = export_folder(choosing_folder, tmp_path / "onnx", ExportConfig(weights="fp16"))
+    assert result.verification.passed
+    tensors = onnx.load(result.output / MODEL_FILE).graph.initializer
+    halves = [tensor for tensor in tensors if tensor.data_type == onnx.TensorProto.FLOAT16]
+    base = {name: parameter.numel() for name, parameter in tiny_base().named_parameters() if parameter.dim() == 2}
+    assert sum(len(tensor.raw_data) for tensor in halves) >= 2 * sum(base.values())
+    assert any(tensor.data_type == onnx.TensorProto.UINT8 for tensor in tensors)
