@@ -17,7 +17,7 @@ no token needed it tells that it ran for all of them, and one that was skipped t
 Padding, too, is told of as what was done with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -45,11 +45,11 @@ class TellRoutes(ir.passes.InPlacePass):
         names = {value.name for value in model.graph.outputs}
         restore = values.get(RESTORE)  # where each token came from, if the graph has aligned its rows
         for layers in map(name_of, self.gated_layers):
-            conditional, is_open = nodes.get(f"blocks.{layers}.if"), values.get(f"blocks.{layers}.decide.0")
+            conditional = nodes.get(f"blocks.{layers}.if")
+            is_open, mask = _decided(conditional, values) if conditional is not None else (None, None)
             if conditional is None or is_open is None:
                 raise VerificationError(f"layer {layers} has no If of its own")
             told = _tell(conditional, is_open, f"blocks.{layers}.told")
-            mask = values.get(f"blocks.{layers}.decide.1")
             for node, index in mask.uses() if mask is not None else ():
                 node.replace_input_with(index, told)
             if f"routing.{layers}" not in names:
@@ -61,6 +61,15 @@ class TellRoutes(ir.passes.InPlacePass):
                     last = ir.Node("", "GatherElements", [last.outputs[0], restore], [ir.AttrInt64("axis", 1)])
                 _return(model.graph, before, last, f"routing.{layers}")
         return ir.passes.PassResult(model, modified=bool(self.gated_layers))
+
+
+def _decided(conditional: ir.Node, values: Mapping[str | None, ir.Value]) -> tuple[ir.Value | None, ir.Value | None]:
+    """`is_open` and `routing_mask`: a decision has them numbered in front of `needed`, the condition."""
+    (needed,) = conditional.inputs
+    decision, _, number = str(needed.name if needed is not None else None).rpartition(".")
+    if not number.isdecimal():
+        return None, None
+    return values.get(f"{decision}.{int(number) - 2}"), values.get(f"{decision}.{int(number) - 1}")
 
 
 def _tell(conditional: ir.Node, is_open: ir.Value, name: str) -> ir.Value:
