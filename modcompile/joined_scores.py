@@ -24,7 +24,7 @@ def join_scores(scores: Sequence[nn.Module]) -> nn.Module | None:
     """
     linear = [score for score in scores if isinstance(score, LinearScore)]
     deep = [score for score in scores if isinstance(score, DepthScore)]
-    norms = [score.norm for score in (*linear, *deep)]
+    norms = [*(score.norm for score in linear), *(score.norm for score in deep)]
     if len(scores) not in (len(linear), len(deep)) or len({repr(norm) for norm in norms}) != 1:
         return None
     norm = _without_weights(norms[0])

@@ -10,7 +10,8 @@ LAYER = """
 layer (float[B, T, 1] x, bool[B, T, 1] wanted, bool needed) => (float[B, T, 1] y) <int64[1] axis = {2}> {
     open = Identity(wanted)
     mask = And(open, open)
-    y = If (needed) <
+    condition = Identity(needed)
+    y = If (condition) <
         then_branch = executed () => (float[B, T, 1] y_then) { y_then = Neg(x) },
         else_branch = skipped () => (float[B, T, 1] y_else) { y_else = Identity(x) }
     >
@@ -21,16 +22,18 @@ MASK = np.array([[[True], [False], [False]], [[False], [False], [True]]])
 ALL, NONE = np.ones_like(MASK), np.zeros_like(MASK)
 
 
-def routed_layer(*, emit_routing: bool = False) -> ir.Model:
+ALONE = {"open": "blocks.4.decide.0", "mask": "blocks.4.decide.1", "condition": "blocks.4.decide.2"}
+WITH_OTHERS = {"open": "decisions.3.9", "mask": "decisions.3.10", "condition": "decisions.3.11"}
+
+
+def routed_layer(decided: dict[str, str] = ALONE, *, emit_routing: bool = False) -> ir.Model:
     """The names are those of an exported model."""
     model = model_of(LAYER)
     for node in model.graph:
         if node.op_type == "If":
             node.name = "blocks.4.if"
-        if node.op_type == "Identity":
-            node.outputs[0].name = "blocks.4.decide.0"
-        if node.op_type == "And":
-            node.outputs[0].name = "blocks.4.decide.1"
+        if (name := str(node.outputs[0].name)) in decided:
+            node.outputs[0].name = decided[name]
         if node.op_type == "Squeeze" and emit_routing:
             (routing,) = node.outputs
             routing.name, routing.type = "routing.4", ir.TensorType(ir.DataType.BOOL)
@@ -39,6 +42,7 @@ def routed_layer(*, emit_routing: bool = False) -> ir.Model:
     return model
 
 
+@pytest.mark.parametrize("decided", [ALONE, WITH_OTHERS], ids=["alone", "with others"])
 @pytest.mark.parametrize("emit_routing", [False, True])
 @pytest.mark.parametrize(
     ("mask", "needed", "told"),
@@ -50,8 +54,10 @@ def routed_layer(*, emit_routing: bool = False) -> ir.Model:
         pytest.param(MASK, False, NONE, id="skipped though something was wanted"),
     ],
 )
-def test_tells_what_was_done(mask: np.ndarray, needed: bool, told: np.ndarray, emit_routing: bool) -> None:
-    model = routed_layer(emit_routing=emit_routing)
+def test_tells_what_was_done(
+    mask: np.ndarray, needed: bool, told: np.ndarray, emit_routing: bool, decided: dict[str, str]
+) -> None:
+    model = routed_layer(decided, emit_routing=emit_routing)
     assert TellRoutes([range(4, 5)])(model).modified
     for output in model.graph.outputs:
         output.shape = ir.Shape([None] * (3 if output.name == "y" else 2))
@@ -70,7 +76,7 @@ def test_adds_no_operators_outside_the_branches_but_a_squeeze() -> None:
     assert operators(model.graph).count("If") == 1
 
 
-@pytest.mark.parametrize("name", ["blocks.4.if", "blocks.4.decide.0"])
+@pytest.mark.parametrize("name", ["blocks.4.if", "blocks.4.decide.0", "blocks.4.decide.2"])
 def test_refuses_a_layer_without_an_if_of_its_own(name: str) -> None:
     model = routed_layer()
     for node in model.graph:
