@@ -12,13 +12,13 @@ Before, in a lowered graph, where two gates read the hidden state in front of th
 After::
 
     token_mask, least_scores = routing_inputs(…)                                                  # [B, T, 2]
-    open_0, routing_mask_0, needed_0, open_1, … = decisions.0(hidden_0, least_scores, token_mask)
+    open_0, routing_mask_0, needed_0, open_1, … = decisions.0,1(hidden_0, least_scores, token_mask)
     hidden_1, …, routing_mask_0 = blocks.0(hidden_0, …, open_0, routing_mask_0, needed_0)
     hidden_2, …, routing_mask_1 = blocks.1(hidden_1, …, open_1, routing_mask_1, needed_1)
 
-    decisions.0:  open = scores(hidden) > least_scores;  routing_mask = open & token_mask         # [B, T, 2]
-                  needed = any(open) of all tokens                                                # [2]
-    blocks.i:     hidden, … = cond(needed, …)
+    decisions.0,1:  open = scores(hidden) > least_scores;  routing_mask = open & token_mask       # [B, T, 2]
+                    needed = any(open) of all tokens                                              # [2]
+    blocks.i:       hidden, … = cond(needed, …)
 
 On a small model what a gate costs is its number of operators, and N gates then have those of one, and two splits.
 Whose scores can't be joined (`join_scores`), and who has no other to be joined with, stays as it is.
@@ -33,13 +33,19 @@ import torch
 from torch import fx, nn
 
 from modcompile.joined_scores import join_scores
+from modcompile.layer_ranges import name_of
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.graph_calls import append_placeholders
 from modcompile.passes.harden_gates import RoutingInputs
-from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, results, routed_calls
+from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, layers_called, results, routed_calls
+
+DECISIONS = "decisions."
+"""Before the layers of its gates, the name of a decision on several; in ONNX that of its values, too, with a number."""
 
 _DECIDED = ("is_open", "routing_mask", "needed")
+NUM_DECIDED = len(_DECIDED)
+"""How many values of it belong to each gate, in turn: `is_open`, `routing_mask` and `needed`."""
 
 
 class JoinedDecision(nn.Module):
@@ -79,7 +85,7 @@ def join_decisions(gm: fx.GraphModule) -> fx.GraphModule:
     sizes: list[int] = []
     for group in groups:
         if group[0] in joined:
-            name = f"decisions.{sum(size > 1 for size in sizes)}"
+            name = DECISIONS + ",".join(name_of(layers_called(call)) for call in group)
             modules[name] = JoinedDecision(joined[group[0]])
             _decide_at_once(group, name, 1 + len(sizes))
             modules |= {str(call.target): _told_what_is_decided(modules[str(call.target)]) for call in group}
@@ -102,7 +108,7 @@ def _lowered_calls(gm: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
 
 def _gate_inputs(call: fx.Node) -> list[fx.Node]:
     """What a gate is decided by, behind what its block takes."""
-    return [value for value in call.args[-len(_DECIDED) :] if isinstance(value, fx.Node)]
+    return [value for value in call.args[-NUM_DECIDED:] if isinstance(value, fx.Node)]
 
 
 def _router_input(call: fx.Node) -> fx.Node:
@@ -121,10 +127,10 @@ def _decide_at_once(group: Sequence[fx.Node], name: str, position: int) -> None:
     with graph.inserting_before(group[0]):
         least_scores = graph.call_function(operator.getitem, (least_score.args[0], position))
         decision = graph.call_module(name, (router_input, least_scores, token_mask))
-        values = getitems(decision, len(_DECIDED) * len(group))
+        values = getitems(decision, NUM_DECIDED * len(group))
     for index, call in enumerate(group):
-        decided = values[index * len(_DECIDED) :][: len(_DECIDED)]
-        call.args = (*call.args[: -len(_DECIDED)], *decided)
+        decided = values[index * NUM_DECIDED :][:NUM_DECIDED]
+        call.args = (*call.args[:-NUM_DECIDED], *decided)
 
 
 def _told_what_is_decided(block: fx.GraphModule) -> fx.GraphModule:

@@ -229,7 +229,7 @@ def test_gates_decided_at_once_have_the_operators_of_one(router_hidden_size: int
     assert [name for name in nodes[:first] if name != "Slice"][-len(decided) - 2 :] == [*decided, "Split", "Split"]
     assert second == first + 1
     assert nodes[second + 1 : third] == [name for name in decided if name != "Add"]
-    (split,) = (node for node in model.graph if node.outputs[0].name == "decisions.0.2")
+    (split,) = (node for node in model.graph if node.outputs[0].name == "decisions.0,1.2")
     assert split.op_type == "Split"
     for value, layer in zip(split.outputs, (0, 1), strict=True):
         assert [use.node.name for use in value.uses()] == [f"blocks.{layer}.if"]

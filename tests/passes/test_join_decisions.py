@@ -47,7 +47,7 @@ def test_keeps_every_output(gates_per_decision: int, padding: Padding, router_hi
 
 @pytest.mark.parametrize(
     ("gates_per_decision", "left"),
-    [(2, ["decisions.0", "blocks.2.decide"]), (3, ["decisions.0"]), (9, ["decisions.0"])],
+    [(2, ["decisions.0,1", "blocks.2.decide"]), (3, ["decisions.0,1,2"]), (9, ["decisions.0,1,2"])],
 )
 def test_decides_once_for_those_that_read_the_same(gates_per_decision: int, left: list[str]) -> None:
     joined = join_decisions(_lowered(random_routers(_LAYERS), gates_per_decision))
@@ -76,8 +76,9 @@ def test_joins_what_folding_leaves(layer: int) -> None:
     hard = hard_graph("llama", random_routers(_LAYERS), gates_per_decision=3)
     gm = lower_gates(fold_gates(hard, [], [_EACH[layer]]))
     joined = join_decisions(gm)
-    assert _decisions(joined) == ["decisions.0"]
-    assert gated_layers(joined) == [layers for layers in _EACH if layers != _EACH[layer]]
+    left = [other for other in _LAYERS if other != layer]
+    assert _decisions(joined) == [f"decisions.{left[0]},{left[1]}"]
+    assert gated_layers(joined) == [_EACH[other] for other in left]
     inputs = make_inputs(shared_model("llama"), 3, 5, 2, "left")
     torch.testing.assert_close(joined(*inputs.flat), gm(*inputs.flat), rtol=0, atol=1e-5)
 
