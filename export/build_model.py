@@ -23,6 +23,7 @@ from modcompile.layer_ranges import name_of
 from modcompile.passes import fuse_operators
 from modcompile.passes.compact_tokens import compact_tokens
 from modcompile.passes.fuse_for_onnxruntime import fuse_for_onnxruntime
+from modcompile.passes.join_decisions import join_decisions
 from modcompile.passes.keep_last_logits import LOGITS_TO_KEEP, keep_last_logits
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, gated_layers
 from modcompile.stages import stage
@@ -50,7 +51,7 @@ def build_model(
     weights that float16 holds exactly are stored so. Weights are not copied: the tensors of the result are those of
     `gm` until it is saved.
     """
-    gm = fuse_operators(gm)
+    gm = fuse_operators(join_decisions(gm))
     if compact:
         gm = compact_tokens(gm)
     metadata = {}

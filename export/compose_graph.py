@@ -2,9 +2,9 @@
 
 Before::
 
-    routed_0 = blocks.0(hidden, cos, sin, mask, past_key_0, past_value_0, least_score_0, token_mask)
+    routed_0 = blocks.0(hidden, cos, sin, mask, past_key_0, past_value_0, hidden, least_score_0, token_mask)
 
-        open, routing_mask, needed = decide(hidden, least_score, token_mask)
+        open, routing_mask, needed = decide(router_input, least_score, token_mask)
         hidden, key, value = cond(needed, then_branch, else_branch, [open, hidden, …])
 
 After::

@@ -17,7 +17,7 @@ no token needed it tells that it ran for all of them, and one that was skipped t
 Padding, too, is told of as what was done with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -25,6 +25,7 @@ import onnx_ir as ir
 from modcompile.errors import VerificationError
 from modcompile.layer_ranges import name_of
 from modcompile.passes.align_rows import RESTORE
+from modcompile.passes.join_decisions import DECISIONS, NUM_DECIDED
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class TellRoutes(ir.passes.InPlacePass):
         names = {value.name for value in model.graph.outputs}
         restore = values.get(RESTORE)  # where each token came from, if the graph has aligned its rows
         for layers in map(name_of, self.gated_layers):
-            conditional, is_open = nodes.get(f"blocks.{layers}.if"), values.get(f"blocks.{layers}.decide.0")
+            conditional = nodes.get(f"blocks.{layers}.if")
+            is_open, mask = (values.get(name) for name in _decided(layers, values))
             if conditional is None or is_open is None:
                 raise VerificationError(f"layer {layers} has no If of its own")
             told = _tell(conditional, is_open, f"blocks.{layers}.told")
-            mask = values.get(f"blocks.{layers}.decide.1")
             for node, index in mask.uses() if mask is not None else ():
                 node.replace_input_with(index, told)
             if f"routing.{layers}" not in names:
@@ -61,6 +62,16 @@ class TellRoutes(ir.passes.InPlacePass):
                     last = ir.Node("", "GatherElements", [last.outputs[0], restore], [ir.AttrInt64("axis", 1)])
                 _return(model.graph, before, last, f"routing.{layers}")
         return ir.passes.PassResult(model, modified=bool(self.gated_layers))
+
+
+def _decided(layers: str, names: Iterable[str | None]) -> tuple[str, str]:
+    """The names of `is_open` and `routing_mask`, whether the gate is decided by itself or with others."""
+    for decision in {str(name).rpartition(".")[0] for name in names}:
+        gates = decision.removeprefix(DECISIONS).split(",")
+        if decision.startswith(DECISIONS) and layers in gates:
+            first = gates.index(layers) * NUM_DECIDED
+            return f"{decision}.{first}", f"{decision}.{first + 1}"
+    return f"blocks.{layers}.decide.0", f"blocks.{layers}.decide.1"
 
 
 def _tell(conditional: ir.Node, is_open: ir.Value, name: str) -> ir.Value:

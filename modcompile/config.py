@@ -40,6 +40,14 @@ class RouterConfig:
             "token. Where the routed layers are no multiple of it, the last gate has fewer."
         },
     )
+    gates_per_decision: int = field(
+        default=1,
+        metadata={
+            "help": "Decide so many consecutive gates at once, from the hidden state in front of the first of them: an "
+            "export then has one product for all of them. Where the gates are no multiple of it, the last decision is "
+            "on fewer."
+        },
+    )
     router_pattern: Literal["all", "every_other"] = field(
         default="all",
         metadata={"help": "Route all layers of the range, or every other one, beginning with the first of the range."},
@@ -75,6 +83,7 @@ class RouterConfig:
         check("router_hidden_size", self.router_hidden_size, at_least=0)
         check("router_dropout", self.router_dropout, at_least=0, below=1)
         check("blocks_per_gate", self.blocks_per_gate, at_least=1)
+        check("gates_per_decision", self.gates_per_decision, at_least=1)
         check("router_start", self.router_start, at_least=0)
         check("lock_first_layers", self.lock_first_layers, at_least=0)
         check("lock_last_layers", self.lock_last_layers, at_least=0)

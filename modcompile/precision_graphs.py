@@ -20,13 +20,15 @@ def check_composable(depth: RouterConfig) -> None:
     """Refuse depth gates that blocks of several precisions can't have.
 
     Raises:
-        ConfigError: blocks share a gate, but to be skipped is one of the choices that each makes by itself.
+        ConfigError: blocks share a gate or a decision, but to be skipped is one of the choices that each makes by
+            itself.
     """
-    if depth.blocks_per_gate > 1:
-        raise ConfigError(
-            f"blocks that choose their bits need a depth gate each, but --blocks_per_gate is {depth.blocks_per_gate}; "
-            "make depth gates with --blocks_per_gate 1"
-        )
+    for name in ("blocks_per_gate", "gates_per_decision"):
+        if (shared := getattr(depth, name)) > 1:
+            raise ConfigError(
+                f"blocks that choose their bits need a depth gate each, decided by itself, but --{name} is {shared}; "
+                f"make depth gates with --{name} 1"
+            )
 
 
 class PrecisionGraphs:

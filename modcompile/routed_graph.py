@@ -1,5 +1,7 @@
 """From a base model to a routed model: tracing and the passes, in order."""
 
+from collections.abc import Mapping
+
 from torch import fx, nn
 from transformers import PreTrainedModel
 
@@ -37,8 +39,7 @@ def trace_again(model: RoutedForCausalLM) -> fx.GraphModule:
         UnsupportedModelError: the model can't be traced in its new dtype.
     """
     grouped = group_blocks(trace_outlined(model.base, use_cache=model.takes_cache), model.gated_layers)
-    graph = insert_depth_gates(grouped, model.routers, make_gate(model.router_config))
-    return graph.train(model.training)
+    return _insert_gates(grouped, model.routers, model.router_config).train(model.training)
 
 
 @stage("outlining blocks")
@@ -66,7 +67,11 @@ def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModul
         ConfigError: `config` selects no layer of this model.
     """
     grouped = group_blocks(dense, config.gated_layers(len(block_calls(dense.graph))))
-    return insert_depth_gates(grouped, make_routers(dense, config), make_gate(config))
+    return _insert_gates(grouped, make_routers(dense, config), config)
+
+
+def _insert_gates(grouped: fx.GraphModule, routers: Mapping[int, nn.Module], config: RouterConfig) -> fx.GraphModule:
+    return insert_depth_gates(grouped, routers, make_gate(config), gates_per_decision=config.gates_per_decision)
 
 
 def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Module]:

@@ -2,16 +2,16 @@
 
 Before, in the graph of `harden_gates`::
 
-    hidden, key_0, value_0, routing_mask_0 = blocks.0(hidden, …, least_score_0, token_mask)
-    hidden, key_1, value_1, key_2, value_2, routing_mask_1 = blocks.1-2(hidden, …, least_score_1, token_mask)
-    hidden, key_3, value_3, routing_mask_2 = blocks.3(hidden, …, least_score_2, token_mask)
+    hidden, key_0, value_0, routing_mask_0 = blocks.0(hidden, …, router_input_0, …)
+    hidden, key_1, value_1, key_2, value_2, routing_mask_1 = blocks.1-2(hidden, …, router_input_1, …)
+    hidden, key_3, value_3, routing_mask_2 = blocks.3(hidden, …, router_input_2, …)
 
 After, where the first gate is always closed, and the second always open::
 
     hidden, key_0, value_0 = blocks.0(hidden, …)                                  # skip_block
     hidden, key_1, value_1 = blocks.1(hidden, …)                                  # as without a gate
     hidden, key_2, value_2 = blocks.2(hidden, …)
-    hidden, key_3, value_3, routing_mask_2 = blocks.3(hidden, …, least_score_2, token_mask)
+    hidden, key_3, value_3, routing_mask_2 = blocks.3(hidden, …, router_input_2, …)
 
 `routing_threshold` and the routing masks are those of the gates that are left; without any, the graph is in outlined
 form, as a dense model's.
@@ -36,7 +36,7 @@ from modcompile.passes.outlined_form import (
 )
 from modcompile.passes.skip_block import skip_block
 
-_NUM_GATE_INPUTS = 2  # least_score and token_mask, behind what the block takes
+_NUM_GATE_INPUTS = 3  # router_input, least_score and token_mask, behind what the block takes
 
 
 def fold_gates(gm: fx.GraphModule, executed: Collection[range], skipped: Collection[range]) -> fx.GraphModule:
@@ -62,7 +62,8 @@ def fold_gates(gm: fx.GraphModule, executed: Collection[range], skipped: Collect
             block = modules.pop(str(call.target)).get_submodule("block")
             modules |= _inline(call, block, _executed if layers in executed else skip_block)
         else:
-            least_score: Any = call.args[-_NUM_GATE_INPUTS]
+            _, least_score, _ = call.args[-_NUM_GATE_INPUTS:]
+            assert isinstance(least_score, fx.Node)
             least_score.args = (least_score.args[0], 1 + len(kept))
             kept.append(position)
     eliminate_dead_code(graph)

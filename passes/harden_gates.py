@@ -2,18 +2,18 @@
 
 Before, in a routed block::
 
-    router_logits = router(hidden)
+    router_logits = router(router_input)
     gate = gate(router_logits)
     hidden, key, value = block(hidden, …, gate)                                   # mixed_block
 
 After, with a threshold for each of R gates as the buffer `routing_threshold [R]` of the graph::
 
-    open, routing_mask = decide(hidden, least_score, token_mask)
+    open, routing_mask = decide(router_input, least_score, token_mask)
     hidden, key, value = block(hidden, …, open)                                   # masked_block
 
-    decide:  open = score(hidden) > least_score;  routing_mask = open & token_mask
+    decide:  open = score(router_input) > least_score;  routing_mask = open & token_mask
 
-where a router is `score(hidden) + bias`. What `sigmoid(router_logits) > threshold` has for all gates in common is
+where a router is `score(router_input) + bias`. What `sigmoid(router_logits) > threshold` has for all gates in common is
 worked out once: `least_score [B, T, 1]` is `log(t / (1 - t)) - bias` of the threshold t clamped to [0, 1]. So a
 threshold of 0 is -inf and executes every token even where the sigmoid would round to 0, one of 1 or more is +inf and
 skips every token, and a gate is left with one comparison.
@@ -37,14 +37,16 @@ from modcompile.passes.token_mask import token_mask_of
 
 
 class RoutingInputs(nn.Module):
-    """What all decisions share: the mask of tokens, and the least score of each gate.
+    """What all decisions share: the mask of tokens `[B, T, 1]`, and the least score of each gate `[B, T, 1]`.
 
-    All are `[B, T, 1]`. The routers' biases are shared with the routers.
+    With `sizes`, those of so many consecutive gates in one tensor: `[B, T, size]` for each of them. The routers' biases
+    are shared with the routers.
     """
 
-    def __init__(self, biases: Iterable[torch.Tensor]) -> None:
+    def __init__(self, biases: Iterable[torch.Tensor], sizes: Iterable[int] | None = None) -> None:
         super().__init__()
         self.biases = nn.ParameterList(biases)
+        self.sizes = [1] * len(self.biases) if sizes is None else list(sizes)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_threshold: torch.Tensor
@@ -53,7 +55,10 @@ class RoutingInputs(nn.Module):
         threshold = routing_threshold.clamp(0, 1)
         of_tokens = torch.log(threshold / (1 - threshold)) - torch.cat(list(self.biases))
         of_padding = torch.where(threshold > 0, float("inf"), float("-inf"))
-        return token_mask, *torch.split(torch.where(token_mask, of_tokens, of_padding), 1, dim=-1)
+        return token_mask, *torch.split(torch.where(token_mask, of_tokens, of_padding), self.sizes, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"sizes={self.sizes}"
 
 
 def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
@@ -92,7 +97,7 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def score_and_bias(router: nn.Module, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
-    """A router as `score(hidden) + bias`; one that does not tell them apart is all score."""
+    """A router as `score(router_input) + bias`; one that does not tell them apart is all score."""
     if hasattr(router, "score"):
         return cast(nn.Module, router.score), cast(torch.Tensor, router.bias)
     return router, torch.zeros(1, device=device)
@@ -101,13 +106,14 @@ def score_and_bias(router: nn.Module, device: torch.device) -> tuple[nn.Module, 
 def _harden_block(soft: fx.GraphModule, score: nn.Module) -> fx.GraphModule:
     graph, (*outputs, _) = copy_graph(soft)
     (call,) = graph.find_nodes(op="call_module", target="block")
+    (routed,) = graph.find_nodes(op="call_module", target="router")
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_after(inputs[-1]):
         least_score = graph.placeholder("least_score")
     with graph.inserting_after(least_score):
         token_mask = graph.placeholder("token_mask")
     with graph.inserting_before(call):
-        decision = graph.call_module("decide", (inputs[0], least_score, token_mask))
+        decision = graph.call_module("decide", (*routed.args, least_score, token_mask))
         is_open, routing_mask = getitems(decision, 2)
     call.args = (*call.args[:-1], is_open)
     graph.output((*outputs, routing_mask))
@@ -120,7 +126,8 @@ def _harden_block(soft: fx.GraphModule, score: nn.Module) -> fx.GraphModule:
 
 def _decide(score: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
-    hidden, least_score, token_mask = map(graph.placeholder, ("hidden", "least_score", "token_mask"))
-    is_open = graph.call_function(operator.gt, (graph.call_module("score", (hidden,)), least_score))
+    inputs = map(graph.placeholder, ("router_input", "least_score", "token_mask"))
+    router_input, least_score, token_mask = inputs
+    is_open = graph.call_function(operator.gt, (graph.call_module("score", (router_input,)), least_score))
     graph.output((is_open, graph.call_function(operator.and_, (is_open, token_mask))))
     return fx.GraphModule({"score": score}, graph)

@@ -6,16 +6,20 @@ Before::
 
 After::
 
-    hidden, key, value, gate = blocks.i(hidden, *shared, past_key, past_value)
+    hidden, key, value, gate = blocks.i(hidden, *shared, past_key, past_value, router_input)
 
 where blocks.i is now, with the gate `[B, T, 1]`::
 
-    router_logits = router(hidden)
+    router_logits = router(router_input)
     gate = gate(router_logits)
     hidden, key, value = block(hidden, *shared, past_key, past_value, gate)
 
 and block is `mixed_block`; the gates of the routed blocks are the last outputs of the graph, in the order of the
-layers. Keys and values are those of the block, whatever the gate: a later token attends to the same ones whether or not
+layers. `router_input` is the same hidden state; or, where N gates are decided at once, the one in front of the first of
+them, so that an export can decide them with one product (`join_decisions`). Routers stay one for each gate: what is
+trained, stored, folded and given thresholds is the same whatever N is.
+
+Keys and values are those of the block, whatever the gate: a later token attends to the same ones whether or not
 an earlier one skipped. For the same reason the gate of a group (`group_blocks`) mixes each of its blocks: a skipped
 token has the keys of an unchanged hidden state in all of them, whether or not another token of the call is executed.
 """
@@ -30,21 +34,27 @@ from modcompile.passes.mixed_block import mixed_block
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, layers_called, results
 
 
-def insert_depth_gates(gm: fx.GraphModule, routers: Mapping[int, nn.Module], gate: nn.Module) -> fx.GraphModule:
+def insert_depth_gates(
+    gm: fx.GraphModule, routers: Mapping[int, nn.Module], gate: nn.Module, *, gates_per_decision: int = 1
+) -> fx.GraphModule:
     """Return the outlined form with gated blocks at the layers that are keys of `routers`, groups at their first.
 
-    `routers[i]` maps the hidden state `[B, T, H]` to `router_logits [B, T, 1]`; `gate` maps these to [0, 1]. Blocks and
-    routers are shared, not copied.
+    `routers[i]` maps the hidden state `[B, T, H]` to `router_logits [B, T, 1]`; `gate` maps these to [0, 1]. Of each
+    `gates_per_decision` consecutive gates, or what is left, all routers read what the first reads. Blocks and routers
+    are shared, not copied.
 
     Keeps equal: with every gate at 1, every output, bit for bit.
     """
     graph, outputs = copy_graph(gm)
     modules = called_modules(gm)
-    gates = []
+    gates: list[fx.Node] = []
     for call in block_calls(graph):
         layer = layers_called(call).start
         if layer not in routers:
             continue
+        if len(gates) % gates_per_decision == 0:
+            router_input = call.args[0]
+        call.args += (router_input,)
         name, values = str(call.target), results(call)
         modules[name] = _gated_block(modules[name], routers[layer], gate, len(values))
         with graph.inserting_after(values[-1]):
@@ -58,7 +68,8 @@ def _gated_block(block: nn.Module, router: nn.Module, gate: nn.Module, num_outpu
     assert isinstance(block, fx.GraphModule)
     graph = fx.Graph()
     inputs = [graph.placeholder(node.name) for node in block.graph.find_nodes(op="placeholder")]
-    value = graph.call_module("gate", (graph.call_module("router", (inputs[0],)),))
+    router_input = graph.placeholder("router_input")
+    value = graph.call_module("gate", (graph.call_module("router", (router_input,)),))
     outputs = getitems(graph.call_module("block", (*inputs, value)), num_outputs)
     graph.output((*outputs, value))
     mixed = map_blocks(block, mixed_block, "gate")

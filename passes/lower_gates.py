@@ -2,12 +2,12 @@
 
 Before, in a routed block::
 
-    open, routing_mask = decide(hidden, least_score, token_mask)
+    open, routing_mask = decide(router_input, least_score, token_mask)
     hidden, key, value = block(hidden, …, open)
 
 After::
 
-    open, routing_mask, needed = decide(hidden, least_score, token_mask)
+    open, routing_mask, needed = decide(router_input, least_score, token_mask)
     hidden, key, value = cond(needed, then_branch, else_branch, [hidden, …, open])
 
     decide:       as before, and needed = any(open)

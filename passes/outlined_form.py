@@ -7,7 +7,8 @@ the logits, the present keys and values, and for each gate its values or its rou
 A block is called with the hidden state `[B, T, H]` first, then what all blocks share (rotary embedding, attention
 mask), then its own past key and value `[B, heads, P, D]`; it returns the new hidden state first, and the present key
 and value `[B, heads, P + T, D]` after it. A routed block returns its gate `[B, T, 1]` or routing mask `[B, T, 1]` last;
-it has the child `router` while it is soft and the child `decide`, which holds the router, once it is hard.
+it has the child `router` while it is soft, the child `decide`, which holds the router, once it is hard, and
+`then_branch` once it is lowered.
 
 Consecutive blocks that share a gate are called as one, `blocks.2-4`, with the past keys and values of all, and return
 the present ones of all. What is said of a block holds for such a *group* too. A group does nothing by itself: it calls
@@ -24,7 +25,7 @@ from modcompile.layer_ranges import layers_of
 NUM_TOKEN_INPUTS = 3
 """input_ids, attention_mask, position_ids: what a graph takes before the cache."""
 
-_ROUTED = {"router", "decide"}
+_ROUTED = {"router", "decide", "then_branch"}
 
 
 def block_calls(graph: fx.Graph) -> list[fx.Node]:

@@ -34,18 +34,27 @@ def outlined_graph(architecture: str, *, use_cache: bool = True) -> fx.GraphModu
     return outline_blocks(flat_graph(architecture, use_cache=use_cache))
 
 
-def hard_graph(architecture: str, routers: Mapping[int, nn.Module], groups: Iterable[range] = ()) -> fx.GraphModule:
+def hard_graph(
+    architecture: str, routers: Mapping[int, nn.Module], groups: Iterable[range] = (), *, gates_per_decision: int = 1
+) -> fx.GraphModule:
     grouped = group_blocks(outlined_graph(architecture), groups)
-    return harden_gates(insert_depth_gates(grouped, routers, SoftGate()))
+    return harden_gates(insert_depth_gates(grouped, routers, SoftGate(), gates_per_decision=gates_per_decision))
 
 
-def random_routers(layers: Iterable[int], seed: int = 0, *, hidden_size: int = HIDDEN_SIZE) -> dict[int, DepthRouter]:
+def random_routers(
+    layers: Iterable[int],
+    seed: int = 0,
+    *,
+    hidden_size: int = HIDDEN_SIZE,
+    router_hidden_size: int = 8,
+    layer_norm: bool = True,
+) -> dict[int, DepthRouter]:
     """Routers whose decisions at a threshold of 0.5 differ from token to token."""
     torch.manual_seed(seed)
     routers = {}
     for layer in layers:
-        router = DepthRouter(hidden_size, 8, dropout=0.0, layer_norm=True, init_bias=0.0)
-        nn.init.normal_(router.score.down.weight, std=2.0)
+        router = DepthRouter(hidden_size, router_hidden_size, dropout=0.0, layer_norm=layer_norm, init_bias=0.0)
+        nn.init.normal_(router.score.down.weight, std=2.0 if router_hidden_size else 0.3)
         nn.init.normal_(router.bias, std=0.3)
         routers[layer] = router.eval()
     return routers

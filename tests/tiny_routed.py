@@ -1,6 +1,7 @@
 """Routed LLaMAs of 3 layers that go with the tokenizer of `tiny_tokenizer`; their routers decide.
 
-Layers 0 and 2 have routers, or layers 0 and 1 have one together, and layer 2 has one.
+Layers 0 and 2 have routers, or layers 0 and 1 have one together, and layer 2 has one, or each has one and all read what
+the first reads.
 """
 
 from functools import cache
@@ -56,6 +57,12 @@ def tiny_grouped(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM
     model = _deciding(RouterConfig(router_hidden_size=0, blocks_per_gate=2, gate=gate), use_cache=use_cache)
     assert model.gated_layers == GATED_LAYERS
     return model
+
+
+@cache
+def tiny_decided_at_once(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM:
+    """The same with linear routers for all layers, which read the hidden state in front of the first."""
+    return _deciding(RouterConfig(router_hidden_size=0, gates_per_decision=3, gate=gate), use_cache=use_cache)
 
 
 def _deciding(config: RouterConfig, *, use_cache: bool) -> RoutedForCausalLM:

@@ -94,11 +94,14 @@ def wide_outlined(architecture: str) -> fx.GraphModule:
     return trace_outlined(wide_model(architecture))
 
 
-def wide_lowered(architecture: str, gated_layers: tuple[range, ...] = GATED_LAYERS) -> fx.GraphModule:
+def wide_lowered(
+    architecture: str, gated_layers: tuple[range, ...] = GATED_LAYERS, *, gates_per_decision: int = 1
+) -> fx.GraphModule:
     """The same with gates that skip some of the tokens, lowered: in a cond each."""
     routers = random_routers((layers.start for layers in gated_layers), hidden_size=HIDDEN_SIZE)
     grouped = group_blocks(wide_outlined(architecture), gated_layers)
-    return lower_gates(harden_gates(insert_depth_gates(grouped, routers, SoftGate())))
+    soft = insert_depth_gates(grouped, routers, SoftGate(), gates_per_decision=gates_per_decision)
+    return lower_gates(harden_gates(soft))
 
 
 def paddings(architecture: str, *kinds: Padding) -> tuple[Padding, ...]:

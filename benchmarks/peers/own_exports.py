@@ -75,6 +75,7 @@ class OwnCase:
 _REWRITE = (
     "modcompile.rewrite {source} --output_dir {work} --export --verify none --weights int4 --router_hidden_size 0"
 )
+_PER_DECISION = 5
 _DENSE = Export("dense int4", (f"{_REWRITE} --always_active all",))
 _GPTQ = Export(
     "dense int4 by GPTQ",
@@ -84,6 +85,9 @@ _GPTQ = Export(
     ),
 )
 _ROUTED = Export("routed int4", (f"{_REWRITE} --blocks_per_gate {{blocks_per_gate}}",))
+_AT_ONCE = Export(
+    "int4 routed at once", (f"{_REWRITE} --blocks_per_gate {{blocks_per_gate}} --gates_per_decision {_PER_DECISION}",)
+)
 _COARSE = Export("coarsely routed int4", (f"{_REWRITE} --blocks_per_gate {{coarse_blocks_per_gate}}",))
 _RANDOM = "benchmarks.peers.random_routers {source} --model {model} --output_dir {work} --skipped 0.3"
 _AT_RANDOM = Export(
@@ -97,6 +101,8 @@ OWN_CASES = (
     OwnCase("ours: dense int4 by GPTQ, groups of 128", _GPTQ, scored=True),
     OwnCase("ours: routed int4, none skipped", _ROUTED, skipped=0.0),
     OwnCase("ours: routed int4, 20 % skipped", _ROUTED, skipped=0.2),
+    OwnCase(f"ours: int4 routed {_PER_DECISION} gates at once, none skipped", _AT_ONCE, skipped=0.0),
+    OwnCase(f"ours: int4 routed {_PER_DECISION} gates at once, 20 % skipped", _AT_ONCE, skipped=0.2),
     OwnCase("ours: coarsely routed int4, none skipped", _COARSE, skipped=0.0),
     OwnCase("ours: coarsely routed int4, 20 % skipped", _COARSE, skipped=0.2),
     OwnCase("ours: int4, random routers skip 30 %", _AT_RANDOM),

@@ -84,7 +84,9 @@ def build(gm: fx.GraphModule, gates: tuple[range, ...]) -> Built:
 def built(architecture: str) -> Built:
     # Where every layer is routed, no block is exported on its own: that saves time.
     gates = {"llama": (range(1), range(2, 3)), "mistral": (range(2), range(2, 3))}.get(architecture, SINGLE)
-    gm = lower_gates(hard_graph(architecture, random_routers(layers.start for layers in gates), gates))
+    at_once = {"mistral": 2, "qwen2": 2, "opt": 3}.get(architecture, 1)
+    routers = random_routers(layers.start for layers in gates)
+    gm = lower_gates(hard_graph(architecture, routers, gates, gates_per_decision=at_once))
     gm.get_buffer("routing_threshold").copy_(torch.tensor(STORED[: len(gates)]))
     return build(gm, gates)
 
@@ -186,8 +188,9 @@ def test_nothing_is_left_to_hoist_or_to_transpose(built: Built) -> None:
 
 
 def test_every_weight_is_stored_once(built: Built) -> None:
-    """In whichever layout, a tied embedding too."""
-    parameters = {parameter for parameter in built.gm.parameters() if parameter.dim() == 2}
+    """In whichever layout, a tied embedding too; routers may be joined."""
+    weights = [parameter for name, parameter in built.gm.named_parameters() if ".decide." not in name]
+    parameters = {parameter for parameter in weights if parameter.dim() == 2}
     stored = [value.const_value for value in built.model.graph.initializers.values()]
     matrices = [tensor.numpy() for tensor in stored if tensor is not None and len(tensor.shape) == 2]
 
@@ -212,6 +215,24 @@ def test_a_linear_router_leaves_four_operators_a_gate(layer_norm: bool) -> None:
     decided = ["LayerNormalization"] * layer_norm + ["MatMul", "Greater", "ReduceMax"]
     assert nodes[first + 1 : second] == decided
     assert nodes.count("ReduceMax") == 2
+
+
+@pytest.mark.parametrize("router_hidden_size", [0, 8])
+def test_gates_decided_at_once_have_the_operators_of_one(router_hidden_size: int) -> None:
+    """And two splits: of who is open, and of what is needed."""
+    routers = random_routers(range(NUM_LAYERS), router_hidden_size=router_hidden_size)
+    model = build_model(lower_gates(hard_graph("llama", routers, gates_per_decision=2)))
+    nodes = [node.op_type for node in model.graph]
+    score = ["MatMul", "Add", "Sigmoid", "Mul", "MatMul"] if router_hidden_size else ["MatMul"]
+    first, second, third = (index for index, name in enumerate(nodes) if name == "If")
+    decided = ["LayerNormalization", *score, "Greater", "ReduceMax"]
+    assert [name for name in nodes[:first] if name != "Slice"][-len(decided) - 2 :] == [*decided, "Split", "Split"]
+    assert second == first + 1
+    assert nodes[second + 1 : third] == [name for name in decided if name != "Add"]
+    (split,) = (node for node in model.graph if node.outputs[0].name == "decisions.0,1.2")
+    assert split.op_type == "Split"
+    for value, layer in zip(split.outputs, (0, 1), strict=True):
+        assert [use.node.name for use in value.uses()] == [f"blocks.{layer}.if"]
 
 
 @torch.no_grad()

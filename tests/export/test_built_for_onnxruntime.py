@@ -61,10 +61,12 @@ def built_of(architecture: str, gm: fx.GraphModule, folder: Path) -> Built:
     return Built(architecture, gm, model, RoutedSession(folder / MODEL_FILE, providers=["CPUExecutionProvider"]))
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
+@pytest.fixture(scope="module", params=[("llama", 1), ("llama", 2), ("gpt2", 2), ("gemma3", 1)], ids=str)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    gates = (range(2), range(2, 3)) if request.param == "gpt2" else (range(1), range(1, 2), range(2, 3))
-    return built_of(request.param, wide_lowered(request.param, gates), tmp_path_factory.mktemp(request.param))
+    architecture, gates_per_decision = request.param
+    gates = (range(2), range(2, 3)) if architecture == "gpt2" else (range(1), range(1, 2), range(2, 3))
+    gm = wide_lowered(architecture, gates, gates_per_decision=gates_per_decision)
+    return built_of(architecture, gm, tmp_path_factory.mktemp(architecture))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])

@@ -24,7 +24,7 @@ from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
-from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_grouped, tiny_routed
+from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_decided_at_once, tiny_grouped, tiny_routed
 from tests.wide_models import wide_model
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -173,6 +173,23 @@ def test_generates_with_shared_gates_what_pytorch_does(grouped: ExportResult) ->
         assert torch.equal(generation.sequence, expected)
         assert generation.usage is not None
         assert generation.usage.active_ratio_per_layer == model.active_ratio_per_layer
+
+
+def test_proves_gates_that_are_decided_at_once(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the one that is folded, in the middle of them."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)
+    folder = tmp_path / "routed"
+    write_routed_folder(tiny_decided_at_once("straight_through"), tokenizer, folder)
+    proved = export_folder(folder, folder / "onnx", ExportConfig(always_active="1", fold_gates="none")).verification
+    assert proved.passed
+    assert proved.equal_routes == 1.0
+    assert proved.compared_routes == 2 * proved.compared_tokens
+    assert 1 / 3 < proved.active_ratio < 1
+    nodes = onnx.load(folder / "onnx" / MODEL_FILE, load_external_data=False).graph.node
+    kinds = [node.op_type for node in nodes]
+    assert (kinds.count("If"), kinds.count("ReduceMax")) == (2, 1)
 
 
 @pytest.mark.parametrize(("target", "in_place"), [("ort", True), ("onnx", False)])

@@ -21,16 +21,18 @@ MASK = np.array([[[True], [False], [False]], [[False], [False], [True]]])
 ALL, NONE = np.ones_like(MASK), np.zeros_like(MASK)
 
 
-def routed_layer(*, emit_routing: bool = False) -> ir.Model:
+ALONE = {"open": "blocks.4.decide.0", "mask": "blocks.4.decide.1"}
+WITH_OTHERS = {"open": "decisions.1,2-3,4.6", "mask": "decisions.1,2-3,4.7"}
+
+
+def routed_layer(decided: dict[str, str] = ALONE, *, emit_routing: bool = False) -> ir.Model:
     """The names are those of an exported model."""
     model = model_of(LAYER)
     for node in model.graph:
         if node.op_type == "If":
             node.name = "blocks.4.if"
-        if node.op_type == "Identity":
-            node.outputs[0].name = "blocks.4.decide.0"
-        if node.op_type == "And":
-            node.outputs[0].name = "blocks.4.decide.1"
+        if (name := str(node.outputs[0].name)) in decided:
+            node.outputs[0].name = decided[name]
         if node.op_type == "Squeeze" and emit_routing:
             (routing,) = node.outputs
             routing.name, routing.type = "routing.4", ir.TensorType(ir.DataType.BOOL)
@@ -39,6 +41,7 @@ def routed_layer(*, emit_routing: bool = False) -> ir.Model:
     return model
 
 
+@pytest.mark.parametrize("decided", [ALONE, WITH_OTHERS], ids=["alone", "with others"])
 @pytest.mark.parametrize("emit_routing", [False, True])
 @pytest.mark.parametrize(
     ("mask", "needed", "told"),
@@ -50,8 +53,10 @@ def routed_layer(*, emit_routing: bool = False) -> ir.Model:
         pytest.param(MASK, False, NONE, id="skipped though something was wanted"),
     ],
 )
-def test_tells_what_was_done(mask: np.ndarray, needed: bool, told: np.ndarray, emit_routing: bool) -> None:
-    model = routed_layer(emit_routing=emit_routing)
+def test_tells_what_was_done(
+    mask: np.ndarray, needed: bool, told: np.ndarray, emit_routing: bool, decided: dict[str, str]
+) -> None:
+    model = routed_layer(decided, emit_routing=emit_routing)
     assert TellRoutes([range(4, 5)])(model).modified
     for output in model.graph.outputs:
         output.shape = ir.Shape([None] * (3 if output.name == "y" else 2))

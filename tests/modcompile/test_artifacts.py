@@ -22,7 +22,7 @@ from modcompile.artifacts import (
 from modcompile.errors import ArtifactError, CheckpointError, ConfigError, ModcompileError, OutputError
 from modcompile.version import __version__
 from tests.folder_contents import contents
-from tests.tiny_routed import tiny_routed
+from tests.tiny_routed import tiny_decided_at_once, tiny_routed
 
 _INPUT_IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
@@ -63,6 +63,21 @@ def test_base_loads_without_modcompile(routed_folder: Path) -> None:
     assert type(base) is type(expected)
     torch.testing.assert_close(base.state_dict(), expected.state_dict(), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(routed_folder).vocab_size == 300
+
+
+@torch.no_grad()
+def test_reads_how_many_gates_are_decided_at_once(tmp_path: Path) -> None:
+    """A folder of before there was a choice decides each by itself."""
+    expected = tiny_decided_at_once("soft")
+    expected.set_router_mode(None)
+    write_routed_folder(expected, None, tmp_path / "routed")
+    model = load_with_routers(tmp_path / "routed", None)
+    assert model.router_config.gates_per_decision == 3
+    assert torch.equal(model(_INPUT_IDS).logits, expected(_INPUT_IDS).logits)
+    _edit_config(tmp_path / "routed", lambda stored: stored["routers"].pop("gates_per_decision"))
+    older = load_with_routers(tmp_path / "routed", None)
+    assert older.router_config.gates_per_decision == 1
+    assert not torch.equal(older(_INPUT_IDS).logits, expected(_INPUT_IDS).logits)
 
 
 @pytest.mark.parametrize(("threshold", "use_cache"), [(None, False), (0.5, True), ([0.3, 0.6], True)])

@@ -13,6 +13,7 @@ from modcompile.errors import ConfigError
     [
         (RouterConfig, "router_hidden_size", -1),
         (RouterConfig, "blocks_per_gate", 0),
+        (RouterConfig, "gates_per_decision", 0),
         (RouterConfig, "router_dropout", -0.1),
         (RouterConfig, "router_dropout", 1.0),
         (RouterConfig, "router_dropout", math.nan),
@@ -44,6 +45,7 @@ def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
     [
         (RouterConfig, "router_hidden_size", 0),
         (RouterConfig, "blocks_per_gate", 1),
+        (RouterConfig, "gates_per_decision", 1),
         (RouterConfig, "router_dropout", 0.999),
         (RouterConfig, "router_init_bias", 1e-3),
         (BudgetConfig, "router_lambda", 0.0),

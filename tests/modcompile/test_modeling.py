@@ -17,7 +17,7 @@ from modcompile.tracing import from_cache, to_cache
 from tests.model_inputs import Padding, kernel_atol, make_inputs, run_model
 from tests.routed_reference import decide, run_reference, skip
 from tests.tiny_models import tiny_model
-from tests.tiny_routed import GATED_LAYERS, ROUTED_LAYERS, tiny_base, tiny_grouped, tiny_routed
+from tests.tiny_routed import GATED_LAYERS, ROUTED_LAYERS, tiny_base, tiny_decided_at_once, tiny_grouped, tiny_routed
 
 _CONFIG = RouterConfig(router_hidden_size=8)
 
@@ -123,7 +123,7 @@ def test_loss_is_that_of_the_dense_model(
         assert torch.equal(untrained(input_ids, **options).loss, dense(input_ids, **options).loss)
 
 
-@pytest.mark.parametrize("options", [{}, {"blocks_per_gate": 2}])
+@pytest.mark.parametrize("options", [{}, {"blocks_per_gate": 2}, {"gates_per_decision": 2}])
 def test_changes_its_dtype_as_the_dense_model_does(options: dict[str, Any]) -> None:
     routed: Any = build_routed(tiny_base(), replace(_CONFIG, **options))
     routed.set_router_mode(0.5)
@@ -138,6 +138,31 @@ def test_changes_its_dtype_as_the_dense_model_does(options: dict[str, Any]) -> N
     torch.testing.assert_close(actual, inputs.at_tokens(expected), rtol=0, atol=0)
     tokens = [_generate(model, inputs.input_ids, inputs.attention_mask, do_sample=False) for model in (routed, dense)]
     assert tokens[0] == tokens[1]
+
+
+def test_in_another_dtype_gates_read_what_they_did() -> None:
+    routed: Any = build_routed(tiny_base(), replace(_CONFIG, gates_per_decision=3, gate="soft"))
+    for index, router in enumerate(routed.routers.values()):
+        torch.manual_seed(index)
+        torch.nn.init.normal_(router.score.down.weight)
+    inputs = make_inputs(routed.base, 2, 5, 0, "left")
+    with torch.no_grad():
+        before = routed(*inputs.tokens).gates
+        after = routed.double()(*inputs.tokens).gates
+    for gate, expected in zip(after, before, strict=True):
+        assert gate.std() > 0
+        torch.testing.assert_close(gate, expected.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("search", _SEARCHES)
+def test_decided_at_once_generation_with_a_cache_is_that_without(search: str) -> None:
+    models = [_hard(tiny_decided_at_once("straight_through", use_cache=use_cache)) for use_cache in (True, False)]
+    inputs = make_inputs(models[0].base, 3, 7, 0, "left")
+    cached, uncached = (
+        _generate(each, inputs.input_ids, inputs.attention_mask, **_SEARCHES[search]) for each in models
+    )
+    assert cached == uncached
+    assert all(0 < ratio < 1 for ratio in models[0].active_ratio_per_layer.values())
 
 
 def test_takes_along_what_the_trace_recorded_to_another_device() -> None:

@@ -48,9 +48,10 @@ def test_rewrites_and_trains_a_base_model(base_folder: Path, data: list[str], tm
 
 
 def test_trains_gates_that_layers_share(base_folder: Path, data: list[str]) -> None:
-    flags = ["--router_hidden_size", "0", "--blocks_per_gate", "2"]
+    flags = ["--router_hidden_size", "0", "--blocks_per_gate", "2", "--gates_per_decision", "2"]
     main(["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, *flags])
     model = load_with_routers("out")
+    assert model.router_config.gates_per_decision == 2
     assert model.gated_layers == (range(2), range(2, 3))
     weights = load_file("out/routers.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {

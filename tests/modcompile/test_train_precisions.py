@@ -105,18 +105,30 @@ def test_quantizes_a_plain_model_first(base_folder: Path, data: list[str]) -> No
     assert all(tensor.equal(base[name]) for name, tensor in stored.items())
 
 
+@pytest.mark.parametrize(
+    ("shared", "config"),
+    [
+        ("blocks_per_gate", RouterConfig(blocks_per_gate=2)),
+        ("gates_per_decision", RouterConfig(gates_per_decision=2)),
+    ],
+)
 def test_refuses_depth_gates_that_layers_share(
-    base_folder: Path, quantized_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+    base_folder: Path,
+    quantized_folder: Path,
+    data: list[str],
+    capsys: pytest.CaptureFixture[str],
+    shared: str,
+    config: RouterConfig,
 ) -> None:
-    expected = "error: blocks that choose their bits need a depth gate each, but --blocks_per_gate is 2; make depth"
-    gates = ["--route_depth", "--blocks_per_gate", "2"]
+    expected = f"error: blocks that choose their bits need a depth gate each, decided by itself, but --{shared} is 2; "
+    gates = ["--route_depth", f"--{shared}", "2"]
     for argv in ([str(quantized_folder)], [str(base_folder), "--precisions", "4"]):
         assert error_of(["--model_name_or_path", *argv, *data, *gates], capsys).startswith(expected)
-    save_depth_routers({}, RouterConfig(blocks_per_gate=2), Path())
+    save_depth_routers({}, config, Path())
     shutil.copytree(base_folder, Path(), dirs_exist_ok=True)
     assert error_of(["--model_name_or_path", ".", "--precisions", "4", *data], capsys).startswith(expected)
     with pytest.raises(ConfigError, match="need a depth gate each"):
-        LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=RouterConfig(blocks_per_gate=2))
+        LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=config)
 
 
 def test_keeps_the_depth_gates_of_a_routed_folder(routed_folder: Path, data: list[str]) -> None:

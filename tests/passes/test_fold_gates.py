@@ -10,7 +10,7 @@ from modcompile.tracing import find_layers
 from tests.model_inputs import make_inputs, run_model
 from tests.passes.routing_cases import ROUTED_LAYERS
 from tests.routed_reference import run_reference, skip
-from tests.tiny_graphs import hard_graph, random_routers
+from tests.tiny_graphs import hard_graph, random_routers, shared_model
 from tests.tiny_routed import tiny_grouped
 
 FIRST, LAST = (range(layer, layer + 1) for layer in ROUTED_LAYERS)
@@ -72,6 +72,24 @@ def test_skips_a_layer_for_good(hard: fx.GraphModule, model: PreTrainedModel) ->
     torch.testing.assert_close(folded(*inputs.flat), run_reference(model, inputs, {2: skip}))
     held = sum(parameter.numel() for parameter in folded.get_submodule("blocks.2").parameters())
     assert held < sum(parameter.numel() for parameter in find_layers(model)[2].parameters()) / 2
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("folds", ["executed", "skipped"])
+@torch.no_grad()
+def test_leaves_what_the_others_are_decided_from(layer: int, folds: str) -> None:
+    """Of three gates that are decided at once, whichever is folded."""
+    hard = hard_graph("llama", random_routers(range(3)), gates_per_decision=3)
+    thresholds = [0.4, 0.5, 0.6]
+    thresholds[layer] = 0.0 if folds == "executed" else 1.0
+    hard.get_buffer("routing_threshold").copy_(torch.tensor(thresholds))
+    inputs = make_inputs(shared_model("llama"), 2, 5, 3, "left")
+    gate = [range(layer, layer + 1)]
+    folded = fold_gates(hard, gate, []) if folds == "executed" else fold_gates(hard, [], gate)
+    *expected, first, second, third = hard(*inputs.flat)
+    masks = [mask for index, mask in enumerate((first, second, third)) if index != layer]
+    assert all(0 < mask.sum() < inputs.is_token.sum() for mask in masks)
+    torch.testing.assert_close(folded(*inputs.flat), (*expected, *masks), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("folds", ["executed", "skipped"])

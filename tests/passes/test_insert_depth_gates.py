@@ -75,6 +75,44 @@ def test_every_token_has_the_gate_of_its_own_hidden_state(
     assert len(torch.cat(gates).unique()) > 1
 
 
+@pytest.mark.parametrize(
+    ("layers", "gates_per_decision", "read"),
+    [
+        ((0, 1, 2), 1, {0: 0, 1: 1, 2: 2}),
+        ((0, 1, 2), 2, {0: 0, 1: 0, 2: 2}),
+        ((1, 2), 2, {1: 1, 2: 1}),
+        ((0, 2), 2, {0: 0, 2: 0}),
+        ((0, 1, 2), 9, {0: 0, 1: 0, 2: 0}),
+    ],
+)
+def test_gates_decided_at_once_read_what_the_first_of_them_reads(
+    model: PreTrainedModel,
+    outlined: fx.GraphModule,
+    layers: tuple[int, ...],
+    gates_per_decision: int,
+    read: dict[int, int],
+) -> None:
+    """`read` is the layer in front of which each router stands, the last of a decision being on fewer gates."""
+    routers = random_routers(layers)
+    seen: dict[int, torch.Tensor] = {}
+    gates = []
+
+    def mix(layer: int) -> Mix:
+        def mixed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            seen[layer] = before
+            gates.append(routers[layer](seen[read[layer]]).sigmoid())
+            return gates[-1] * after + (1 - gates[-1]) * before
+
+        return mixed
+
+    inputs = make_inputs(model, 3, 4, 5, "left")
+    expected = run_reference(model, inputs, {layer: mix(layer) for layer in layers})
+    soft = insert_depth_gates(outlined, routers, SoftGate(), gates_per_decision=gates_per_decision)
+    with torch.no_grad():
+        actual = soft(*inputs.flat)
+    torch.testing.assert_close(actual, (*expected, *gates), rtol=0, atol=0)
+
+
 def test_routes_the_given_layers_only(outlined: fx.GraphModule) -> None:
     soft = insert_depth_gates(outlined, random_routers([1]), SoftGate())
     assert gated_layers(soft) == [range(1, 2)]
