@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import find_linears
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.outlined_form import copy_graph
 
@@ -54,4 +55,4 @@ def _round(gm: fx.GraphModule, weights: Set[torch.Tensor], group_size: int) -> f
                 with graph.inserting_before(use.node):
                     rounded[use.x] = graph.call_function(round_to_int8, (use.x, group_size))
             use.node.replace_input_with(use.x, rounded[use.x])
-    return fx.GraphModule(gm, graph)
+    return LazyGraphModule(gm, graph)
