@@ -94,17 +94,18 @@ def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def pack(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
     """uint8 codes `[…, n]` → bytes `[…, n * num_bits / 8]`, the first code in the lowest bits."""
-    per_byte = 8 // num_bits
-    shifts = torch.arange(per_byte, dtype=torch.int32) * num_bits
-    parts = codes.reshape(*codes.shape[:-1], -1, per_byte).to(torch.int32) << shifts.to(codes.device)
-    return parts.sum(-1).to(torch.uint8)
+    first, *others = codes.unflatten(-1, (-1, 8 // num_bits)).unbind(-1)
+    packed = first.clone()
+    for index, part in enumerate(others, 1):
+        packed |= part << index * num_bits
+    return packed
 
 
 def unpack(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
     """The inverse of `pack`."""
-    shifts = torch.arange(8 // num_bits, dtype=torch.int32, device=packed.device) * num_bits
-    codes: torch.Tensor = (packed.to(torch.int32).unsqueeze(-1) >> shifts) & (2**num_bits - 1)
-    return codes.flatten(-2).to(torch.uint8)
+    shifts = torch.arange(8 // num_bits, dtype=torch.uint8, device=packed.device) * num_bits
+    codes = packed.unsqueeze(-1) >> shifts
+    return codes.bitwise_and_(2**num_bits - 1).flatten(-2)
 
 
 def _squared_error(
