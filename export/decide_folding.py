@@ -69,7 +69,7 @@ def decide_folding(foldable: Foldable, asked: Folding, build: Build, folder: Pat
     Raises:
         ArtifactError: ONNX Runtime can't run what is measured.
     """
-    model, texts = foldable.model, foldable.texts
+    model, texts = foldable.model, foldable.texts()
     gates = model.gated_layers
     rates = _skip_rates(model, asked, texts)
     constant = Folding(

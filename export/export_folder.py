@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import onnx_ir as ir
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import base_files, has_trained_routers, update_report
 from modcompile.checkpoint_sources import find_checkpoint
@@ -128,9 +128,9 @@ def export_folder(
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
     with _timed("loading and tracing", seconds):
-        texts = partial(_texts, source)
-        model = of_gates(at_hand, config, texts) if at_hand is not None else load_exportable(source, config, texts)
         tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
+        texts = partial(_texts, tokenizer)
+        model = of_gates(at_hand, config, texts) if at_hand is not None else load_exportable(source, config, texts)
         generation = load_generation_config(source, model.config)
         max_positions = model.max_positions if config.target == "ort" else None
 
@@ -185,9 +185,8 @@ def export_folder(
     return result
 
 
-def _texts(source: Path, config: PretrainedConfig) -> Sequence[Sequence[int]]:
+def _texts(tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> Sequence[Sequence[int]]:
     """Rows of held-out English, or of random tokens for a model without a tokenizer."""
-    tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
     if tokenizer is not None:
         with quiet_transformers():  # The text is longer than the model's positions, its parts are not.
             tokens = tokenizer("\n\n".join(builtin_documents("test"))).input_ids

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Foldable:
 
     model: RoutedForCausalLM
     """Hard."""
-    texts: Rows
+    texts: Callable[[], Rows]
     fold: "Callable[[Folding], Exportable]"
     """The same with some gates folded."""
 
@@ -96,8 +96,8 @@ def of_gates(
     is_proved, thresholds = config.verify == "full", model.hard_thresholds
     assert thresholds is not None
     rounding, gates = config.rounding, model.gated_layers
-    texts = texts_of(model.config) if is_proved or config.fold_gates == "auto" else []
-    rows = perplexity_rows(model.config, texts) if is_proved else []
+    texts = cache(partial(texts_of, model.config))
+    rows = perplexity_rows(model.config, texts()) if is_proved else []
     before: float | None = None
     weights: Mapping[nn.Parameter, PackedWeight] = {}
     if is_proved and config.weights != "fp32":
@@ -106,7 +106,7 @@ def of_gates(
         weights = round_weights(model.hard_graph(), rounding=rounding)
     elif config.weights == "fp16":
         round_to_half(model.hard_graph())
-    cases = verification_cases(model, texts, thresholds) if is_proved else []
+    cases = verification_cases(model, texts(), thresholds) if is_proved else []
 
     def fold(folding: Folding) -> Exportable:
         graph: MakeGraph = partial(folding.graph, model)

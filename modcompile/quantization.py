@@ -89,22 +89,23 @@ def round_to_codes(
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """`[N, K]` → `[N, G, group_size]`, filled up with zeros."""
     missing = -weight.shape[1] % group_size
-    return functional.pad(weight, (0, missing)).reshape(weight.shape[0], -1, group_size)
+    filled = functional.pad(weight, (0, missing)) if missing else weight
+    return filled.reshape(weight.shape[0], -1, group_size)
 
 
 def pack(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
     """uint8 codes `[…, n]` → bytes `[…, n * num_bits / 8]`, the first code in the lowest bits."""
-    first, *others = codes.unflatten(-1, (-1, 8 // num_bits)).unbind(-1)
-    packed = first.clone()
-    for index, part in enumerate(others, 1):
-        packed |= part << index * num_bits
+    parts = codes.unflatten(-1, (-1, 8 // num_bits)).unbind(-1)
+    packed = parts[0].clone()
+    for index, part in enumerate(parts[1:], 1):
+        packed.bitwise_or_(part << index * num_bits)
     return packed
 
 
 def unpack(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
     """The inverse of `pack`."""
     shifts = torch.arange(8 // num_bits, dtype=torch.uint8, device=packed.device) * num_bits
-    codes = packed.unsqueeze(-1) >> shifts
+    codes: torch.Tensor = packed.unsqueeze(-1) >> shifts
     return codes.bitwise_and_(2**num_bits - 1).flatten(-2)
 
 
