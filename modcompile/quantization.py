@@ -89,7 +89,7 @@ def round_to_codes(
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """`[N, K]` → `[N, G, group_size]`, filled up with zeros."""
     missing = -weight.shape[1] % group_size
-    filled = functional.pad(weight, (0, missing)) if missing else weight
+    filled: torch.Tensor = functional.pad(weight, (0, missing)) if missing else weight
     return filled.reshape(weight.shape[0], -1, group_size)
 
 
