@@ -30,8 +30,8 @@ class QuantizedWeight:
 
     def dequantize(self, in_features: int) -> torch.Tensor:
         """The float32 weight `[N, in_features]`."""
-        steps = self.codes.float() - self.zero_points.float().unsqueeze(-1)
-        return (steps * self.scales.unsqueeze(-1)).flatten(1)[:, :in_features]
+        steps = self.codes.float().sub_(self.zero_points.float().unsqueeze(-1))
+        return steps.mul_(self.scales.unsqueeze(-1)).flatten(1)[:, :in_features]
 
 
 def quantize(weight: torch.Tensor, num_bits: int, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
