@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -62,10 +62,11 @@ class ExportResult:
 
     def as_json(self) -> dict[str, Any]:
         """What `report.json` tells."""
-        rounding = self.config.rounding
+        rounding = self.config.weight_rounding
         return {
             "output": str(self.output),
             "weights": self.config.weights,
+            "rounding": self.config.rounding if rounding else None,
             "group_size": rounding and rounding.group_size,
             "bytes": self.num_bytes,
             "seconds": self.seconds,
@@ -84,10 +85,10 @@ class ExportResult:
         spent = f"active ratio {proved.active_ratio:.3f}"
         if not math.isnan(proved.average_bits):
             spent = f"{proved.average_bits:.2f} bits on average"
-        rounding = self.config.rounding
+        rounding = self.config.weight_rounding
         lost = ""
         if self.config.weights != "fp32":
-            groups = f" in groups of {rounding.group_size}" if rounding else ""
+            groups = f" in groups of {rounding.group_size} by {self.config.rounding}" if rounding else ""
             lost = (
                 f"\n{self.config.weights} weights{groups}: on longer texts perplexity "
                 f"{proved.perplexity_rounded['onnx']:.3f} as shipped, {proved.perplexity_unrounded:.3f} before rounding"
@@ -127,10 +128,19 @@ def export_folder(
     if target == origin or target in origin.parents:
         raise OutputError(f"{target} is or holds the folder that is exported; choose another --output_dir")
     seconds: dict[str, float] = {}
+
+    @cache
+    def tokenizer_of() -> PreTrainedTokenizerBase | None:
+        return load_tokenizer(find_checkpoint(str(source.resolve())))
+
+    def texts_of(config: PretrainedConfig) -> Sequence[Sequence[int]]:
+        return _texts(tokenizer_of(), config)
+
     with _timed("loading and tracing", seconds):
-        tokenizer = load_tokenizer(find_checkpoint(str(source.resolve())))
-        texts = partial(_texts, tokenizer)
-        model = of_gates(at_hand, config, texts) if at_hand is not None else load_exportable(source, config, texts)
+        if at_hand is not None:
+            model = of_gates(at_hand, config, texts_of, tokenizer_of)
+        else:
+            model = load_exportable(source, config, texts_of, tokenizer_of)
         generation = load_generation_config(source, model.config)
         max_positions = model.max_positions if config.target == "ort" else None
 
@@ -160,7 +170,7 @@ def export_folder(
             onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=_DATA_FILE)
-            write_genai_config(staging, onnx_model, model.config, generation, tokenizer)
+            write_genai_config(staging, onnx_model, model.config, generation, tokenizer_of())
             del onnx_model
             for file in base_files(source):
                 if not file.name.endswith(_WEIGHTS) and file.name != QUANTIZATION_CONFIG:

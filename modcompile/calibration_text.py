@@ -25,8 +25,8 @@ def load_calibration_text(
         return None
     if tokenizer is None:
         raise DataError(
-            "the model has no tokenizer to make calibration text into tokens with; add its tokenizer files, or use "
-            "--method rtn"
+            "the model has no tokenizer to make calibration text into tokens with; add its tokenizer files, or round "
+            "to nearest (rtn)"
         )
     positions = getattr(model, "max_position_embeddings", config.calibration_length)
     length = min(config.calibration_length, positions)

@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 from modcompile.artifacts import load_with_routers
 from modcompile.counted_bits import CountedBits
 from modcompile.devices import fastest_device
-from modcompile.layerwise import LayerwiseQuantizeForCausalLM, PrecisionCausalLMOutput
+from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.modeling import RoutedForCausalLM
+from modcompile.precision_output import PrecisionCausalLMOutput
 from modcompile.progress import show_elapsed
 from modcompile.text_generator import TextGenerator, describe_active_ratio
 from modcompile.timed_streamer import TimedStreamer

@@ -1,9 +1,9 @@
-"""Quantize the decoder blocks of a model one after the other, each for the inputs that a text gives it."""
+"""Quantize the decoder blocks of a model one after the other, then its head, each for the inputs that a text gives."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch import fx
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -19,15 +19,18 @@ from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import MultiPrecisionWeight, quantize_weight
 from modcompile.routed_graph import trace_outlined
 
+if TYPE_CHECKING:  # it takes half a second to import
+    from datasets import Dataset
+
 
 def quantize_blocks(
-    base: PreTrainedModel, config: QuantizationConfig, calibration: Dataset
+    base: PreTrainedModel, config: QuantizationConfig, calibration: "Dataset", *, with_head: bool = False
 ) -> dict[str, MultiPrecisionWeight]:
-    """Quantize every weight that a block multiplies by, by the names that `base` has for them.
+    """Quantize every weight that a block multiplies by, by the names that `base` has for them; on demand the head, too.
 
     A block's inputs are what the blocks before it compute at the lowest precision, so that it is rounded for inputs
     that are already off: those of the precision that has the most to lose. All is computed in float32, as quantized
-    folders are read.
+    folders are read. A head that takes more than what blocks do is left out.
 
     Raises:
         CheckpointError: the inputs of a weight hold NaN or infinity.
@@ -39,7 +42,9 @@ def quantize_blocks(
     gm = trace_outlined(base, use_cache=False)
     inputs = BlockInputs(gm, calibration)
     weights: dict[str, MultiPrecisionWeight] = {}
-    for call in tqdm(block_calls(gm.graph), "Quantizing", unit="block", delay=2, leave=False):
+    calls = block_calls(gm.graph)
+    heads = gm.graph.find_nodes(op="call_module", target="epilogue") if with_head else []
+    for call in tqdm([*calls, *filter(inputs.suit, heads)], "Quantizing", unit="block", delay=2, leave=False):
         block = gm.get_submodule(str(call.target))
         assert isinstance(block, fx.GraphModule)
         # A product with a fixed buffer stays as it is.
@@ -56,7 +61,8 @@ def quantize_blocks(
                 weights[name] = quantize_weight(weight.T if use.is_transposed else weight, config, factor)
             dense = weights[name].dequantize(config.precisions[0])
             lowest[target] = dense.T if use.is_transposed else dense
-        inputs.advance(call, replace_weights(block, lowest, str(config.precisions[0])))
+        if call not in heads:
+            inputs.advance(call, replace_weights(block, lowest, str(config.precisions[0])))
     return weights
 
 
@@ -66,5 +72,5 @@ def _factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
     except ValueError as error:
         raise CheckpointError(
             f"the inputs of {name} on the calibration text are no finite numbers ({error}); check the checkpoint, or "
-            "quantize with --method rtn"
+            "round to nearest (rtn)"
         ) from error

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,6 @@ import torch
 from torch import fx, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modcompile.artifacts import is_routed_folder, load_depth_routers, read_router_config
 from modcompile.config import RouterConfig, check_threshold
@@ -23,6 +21,7 @@ from modcompile.precision_branches import PrecisionCheckpoint
 from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_folder import read_precisions
 from modcompile.precision_graphs import PrecisionGraphs
+from modcompile.precision_output import PrecisionCausalLMOutput
 from modcompile.precision_router_files import (
     has_precision_routers,
     load_precision_routers,
@@ -30,21 +29,6 @@ from modcompile.precision_router_files import (
 )
 from modcompile.precision_routers import PrecisionRouter
 from modcompile.tracing import eval_mode
-
-
-@dataclass
-class PrecisionCausalLMOutput(CausalLMOutputWithPast):
-    """Adds what the routers decided, one tensor a block.
-
-    In training, the weights of the precisions, `[B, 1, P]` for sequences or `[B, T, P]` for tokens, and the gates
-    `[B, T, 1]` of those layers that have one; otherwise the bits that each token was computed with, int64 `[B, T]`, 0
-    where it was skipped.
-    """
-
-    precision_weights: tuple[torch.Tensor, ...] | None = None
-    gates: dict[int, torch.Tensor] | None = None
-    num_bits: tuple[torch.Tensor, ...] | None = None
-    tokens: torch.Tensor | None = None
 
 
 class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):

@@ -96,9 +96,8 @@ class PrecisionWeights:
         return use_precision(block, self._codes(names), precision)
 
     def _rounded(self, block: fx.GraphModule, names: dict[str, str], precision: int) -> fx.GraphModule:
-        (group_size,) = {weight.group_size for weight in self._codes(names).values()}
-        weights = {get_attribute(block, name) for name in names}
-        return self._dequantized(round_activations(block, weights, group_size), names, precision)
+        sizes = {get_attribute(block, name): weight.group_size for name, weight in self._codes(names).items()}
+        return self._dequantized(round_activations(block, sizes), names, precision)
 
     def _codes(self, names: dict[str, str]) -> dict[str, MultiPrecisionWeight]:
         """The weights by the names that the block has for them."""

@@ -27,6 +27,9 @@ at all, and with a tenth of the damping, to 227, 27.98 and 16.90 at 2 + 4 + 8; a
 same, to 19.97 and 16.64 at 4 + 8 bits.
 """
 
+GROUP_SIZES = (32, 64, 128)
+"""Input features that may share a scale."""
+
 PRECISIONS = (2, 4, 8, 16)
 """Bits that a weight can have; 16 stands for the original weight."""
 
@@ -71,7 +74,7 @@ class RoundingConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.group_size not in (32, 64, 128):
+        if self.group_size not in GROUP_SIZES:
             raise ConfigError(f"--group_size is {self.group_size}; it must be 32, 64 or 128")
         check_choice("method", self.method, ("rtn", "gptq"))
         check_choice("weight_sharing", self.weight_sharing, ("nested", "separate"))

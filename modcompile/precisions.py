@@ -51,6 +51,11 @@ class PackedWeight:
         packed = pack(quantized.codes, quantized.num_bits)
         return cls(packed, quantized.scales, quantized.zero_points, quantized.num_bits)
 
+    @property
+    def group_size(self) -> int:
+        """How many input features share a scale."""
+        return self.packed.shape[-1] * 8 // self.num_bits
+
     def dequantize(self, in_features: int) -> torch.Tensor:
         """The float32 weight `[N, in_features]`."""
         codes = unpack(self.packed, self.num_bits)
@@ -68,8 +73,7 @@ class MultiPrecisionWeight:
     @property
     def group_size(self) -> int:
         """How many input features share a scale."""
-        part = next(iter(self.parts.values()))
-        return part.packed.shape[-1] * 8 // part.num_bits
+        return next(iter(self.parts.values())).group_size
 
     def used_parts(self, precision: int) -> dict[int, PackedWeight]:
         """The parts whose sum is the weight at `precision`, the first first."""

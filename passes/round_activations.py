@@ -12,7 +12,7 @@ After::
 whole numbers. So does this, but for the order of sums: it tells what an artifact computes to the last digits.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping
 
 import torch
 from torch import fx
@@ -37,22 +37,24 @@ def round_to_int8(x: torch.Tensor, group_size: int) -> torch.Tensor:
     return rounded.flatten(-2)[..., :size]
 
 
-def round_activations(gm: fx.GraphModule, weights: Set[torch.Tensor], group_size: int) -> fx.GraphModule:
-    """Return the graph with rounded inputs of the products with `weights`, in all graphs that it calls, too.
+def round_activations(gm: fx.GraphModule, group_sizes: Mapping[torch.Tensor, int]) -> fx.GraphModule:
+    """Return the graph with rounded inputs of the products with the weights in `group_sizes`, in graphs it calls, too.
 
     Keeps equal: everything, but for the rounding.
     """
-    return map_graphs(gm, lambda called: _round(called, weights, group_size))
+    return map_graphs(gm, lambda called: _round(called, group_sizes))
 
 
-def _round(gm: fx.GraphModule, weights: Set[torch.Tensor], group_size: int) -> fx.GraphModule:
+def _round(gm: fx.GraphModule, group_sizes: Mapping[torch.Tensor, int]) -> fx.GraphModule:
     graph, outputs = copy_graph(gm)
     graph.output(outputs)
-    rounded: dict[fx.Node, fx.Node] = {}
+    rounded: dict[tuple[fx.Node, int], fx.Node] = {}
     for use in find_linears(graph):
-        if get_attribute(gm, str(use.weight.target)) in weights:
-            if use.x not in rounded:
+        group_size = group_sizes.get(get_attribute(gm, str(use.weight.target)))
+        if group_size is not None:
+            key = use.x, group_size
+            if key not in rounded:
                 with graph.inserting_before(use.node):
-                    rounded[use.x] = graph.call_function(round_to_int8, (use.x, group_size))
-            use.node.replace_input_with(use.x, rounded[use.x])
+                    rounded[key] = graph.call_function(round_to_int8, key)
+            use.node.replace_input_with(use.x, rounded[key])
     return LazyGraphModule(gm, graph)

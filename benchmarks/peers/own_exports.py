@@ -27,6 +27,11 @@ class Export:
     """`python -m` is put before each; {source} is a folder, {model} its name, {blocks_per_gate} what suits its size
     ({coarse_blocks_per_gate} twice of that), and {work} a folder that the last one leaves an export in, as `onnx`."""
 
+    @property
+    def folder_name(self) -> str:
+        """Of what `build` writes."""
+        return self.name.replace(" ", "_")
+
     def build(self, source: Source, output: Path) -> dict[str, float]:
         """Write the export into the folder `output`; returns how many of the seconds verification took."""
         with tempfile.TemporaryDirectory(dir=output.parent) as name:
@@ -103,7 +108,7 @@ def own_cases(source: Source, work: Path) -> tuple[list[Case], dict[str, dict[st
     """The cases, and what there is to tell of their exports."""
     cases, told = [], {}
     for own in OWN_CASES:
-        folder = work / own.export.name.replace(" ", "_")
+        folder = work / own.export.folder_name
         told[f"ours: {own.export.name}"] = build_once(folder, partial(own.export.build, source))
         routed = RoutedSession(folder / "onnx" / MODEL_FILE).num_thresholds if own.skipped is not None else 0
         model = {"folder": str(folder / "onnx"), "thresholds": own.thresholds(routed), "huge_pages": own.huge_pages}

@@ -30,15 +30,15 @@ def test_defaults_to_onnxruntime_a_half_and_no_outputs_of_ours() -> None:
     assert ExportConfig() == ExportConfig(
         target="ort", hard_threshold=0.5, emit_routing=False, weights="fp32", group_size=None, prefill="compact"
     )
-    assert ExportConfig().rounding is None
+    assert ExportConfig().weight_rounding is None
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
 def test_rounds_in_groups_of_the_size_asked_for(weights: Any, bits: int, group_size: int) -> None:
     default, asked = (
-        ExportConfig(weights=weights).rounding,
-        ExportConfig(weights=weights, group_size=group_size).rounding,
+        ExportConfig(weights=weights).weight_rounding,
+        ExportConfig(weights=weights, group_size=group_size).weight_rounding,
     )
     assert default is not None and default.num_bits == bits and default.group_size in GROUP_SIZES
     assert asked == dataclasses.replace(default, group_size=group_size)
@@ -55,6 +55,37 @@ def test_refuses_groups_of_weights_that_have_none() -> None:
         ConfigError, match=r"^--group_size is for integer weights, and --weights is fp32: leave it out$"
     ):
         ExportConfig(group_size=32)
+
+
+@pytest.mark.parametrize("group_size", [16, 256])
+def test_refuses_groups_that_no_text_rounds(group_size: int) -> None:
+    with pytest.raises(ConfigError, match=r"^--group_size is \d+; it must be one of 32, 64, 128 with --rounding gptq$"):
+        ExportConfig(weights="int4", rounding="gptq", group_size=group_size)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16"])
+def test_refuses_to_round_for_a_text_what_stays_as_it_is(weights: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^--rounding gptq is for integer weights, and --weights is {weights}: leave it out$"
+    ):
+        ExportConfig(weights=weights, rounding="gptq")
+
+
+def test_refuses_another_rounding() -> None:
+    rounding: Any = "up"
+    with pytest.raises(ConfigError, match=r"^--rounding is 'up'; it must be one of rtn, gptq$"):
+        ExportConfig(weights="int4", rounding=rounding)
+
+
+def test_what_is_only_looked_up_stays_in_small_groups_unless_told() -> None:
+    """By the text, what is multiplied by has the larger groups, which are faster."""
+    by_text = ExportConfig(weights="int4", rounding="gptq")
+    nearest = ExportConfig(weights="int4").weight_rounding
+    assert by_text.nearest_rounding == nearest is not None
+    assert by_text.weight_rounding is not None and by_text.weight_rounding.group_size > nearest.group_size
+    told = ExportConfig(weights="int4", rounding="gptq", group_size=64)
+    assert told.nearest_rounding is not None and told.weight_rounding is not None
+    assert told.nearest_rounding.group_size == told.weight_rounding.group_size == 64
 
 
 def test_refuses_other_weights() -> None:

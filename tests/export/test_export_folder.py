@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from modcompile.artifacts import read_report, update_report, write_routed_folder
 from modcompile.config import RouterConfig
-from modcompile.errors import ArtifactError, OutputError, UnsupportedModelError, VerificationError
+from modcompile.errors import ArtifactError, DataError, OutputError, UnsupportedModelError, VerificationError
 from modcompile.export import verification, verification_inputs
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import ExportResult, export_folder, is_onnx_folder
@@ -214,9 +214,27 @@ def test_writes_integer_weights_and_tells_what_they_lost(
     *_, last = result.summary().splitlines()
     assert proved.perplexity_unrounded is not None
     assert last == (
-        f"int4 weights in groups of 16: on longer texts perplexity {proved.perplexity_rounded['onnx']:.3f} as shipped, "
-        f"{proved.perplexity_unrounded:.3f} before rounding"
+        f"int4 weights in groups of 16 by rtn: on longer texts perplexity {proved.perplexity_rounded['onnx']:.3f} as "
+        f"shipped, {proved.perplexity_unrounded:.3f} before rounding"
     )
+
+
+def test_writes_weights_rounded_for_a_text(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the artifact computes what PyTorch does."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    config = ExportConfig(weights="int4", rounding="gptq", group_size=32)
+    result = export_folder(folder, tmp_path / "onnx", config)
+    assert result.verification.passed
+    report = read_report(folder)["export"]
+    assert (report["weights"], report["rounding"], report["group_size"]) == ("int4", "gptq", 32)
+    assert "\nint4 weights in groups of 32 by gptq: on longer texts perplexity" in result.summary()
+
+
+def test_refuses_to_round_for_a_text_without_a_tokenizer(tmp_path: Path) -> None:
+    write_routed_folder(tiny_routed("straight_through"), None, tmp_path / "routed")
+    with pytest.raises(DataError, match=r"the model has no tokenizer .* or round to nearest"):
+        export_folder(tmp_path / "routed", tmp_path / "onnx", ExportConfig(weights="int4", rounding="gptq"))
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_writes_weights_in_half_of_the_bytes_and_tells_what_they_lost(
@@ -408,3 +426,17 @@ def test_refuses_a_folder_of_look_up_tables(tmp_path: Path) -> None:
         export_folder(tmp_path / "tables", tmp_path / "onnx", ExportConfig())
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == {"tables"}
+
+
+def test_stores_what_a_quantized_folder_has_not_quantized_in_half_of_the_bytes(
+    choosing_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embedding and head; with 16 bits to choose from, the original weights of blocks as well."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)  # that saves time
+    result = export_folder(choosing_folder, tmp_path / "onnx", ExportConfig(weights="fp16"))
+    assert result.verification.passed
+    tensors = onnx.load(result.output / MODEL_FILE).graph.initializer
+    halves = [tensor for tensor in tensors if tensor.data_type == onnx.TensorProto.FLOAT16]
+    base = {name: parameter.numel() for name, parameter in tiny_base().named_parameters() if parameter.dim() == 2}
+    assert sum(len(tensor.raw_data) for tensor in halves) >= 2 * sum(base.values())
+    assert any(tensor.data_type == onnx.TensorProto.UINT8 for tensor in tensors)

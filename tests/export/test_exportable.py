@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from modcompile.artifacts import load_with_routers
 from modcompile.config import RouterConfig
-from modcompile.errors import ArtifactError, UnsupportedModelError
+from modcompile.errors import ArtifactError, ConfigError, UnsupportedModelError
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import load_exportable, of_gates
@@ -86,3 +86,8 @@ def test_look_up_tables_are_not_lowered(tmp_path: Path) -> None:
 def test_a_folder_of_neither_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"has no router_config\.json"):
         load_exportable(tmp_path, ExportConfig(), texts)
+
+
+def test_refuses_to_round_for_a_text_what_is_quantized(quantized_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--rounding gptq is for routed folders, .* give --weights int8"):
+        load_exportable(quantized_folder, ExportConfig(weights="int4", rounding="gptq"), texts)

@@ -119,3 +119,15 @@ def test_a_token_weighs_what_it_counts_in_the_output_on_average(random_text: Dat
     expected = (x * weights[:, None]).T @ x
     mean = torch.stack(found).mean(0)
     assert float((mean - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_head_suits_that_takes_what_blocks_do(model: PreTrainedModel, random_text: Dataset) -> None:
+    gm = trace_outlined(model, use_cache=False)
+    (head,) = gm.graph.find_nodes(op="call_module", target="epilogue")
+    inputs = BlockInputs(gm, random_text)
+    assert inputs.suit(head)
+    (ids, *_) = gm.graph.find_nodes(op="placeholder")
+    head.insert_arg(1, ids)
+    assert not inputs.suit(head)
+    head.args = (head.args[0], 1)
+    assert not inputs.suit(head)

@@ -33,7 +33,7 @@ def test_is_not_made_where_nothing_is_rounded_for_it(config: QuantizationConfig)
 
 
 def test_needs_a_tokenizer() -> None:
-    with pytest.raises(DataError, match=r"no tokenizer.*--method rtn"):
+    with pytest.raises(DataError, match=r"no tokenizer.*or round to nearest"):
         load_calibration_text(QuantizationConfig(), None, tiny_base().config)
 
 

@@ -14,6 +14,7 @@ from modcompile.gptq_blocks import quantize_blocks
 from modcompile.passes.find_linears import find_linears
 from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_config import QuantizationConfig
+from modcompile.quantization import quantize
 from modcompile.routed_graph import trace_outlined
 from tests.tiny_models import rotated_model
 
@@ -40,6 +41,40 @@ def test_a_block_is_rounded_for_what_the_ones_before_it_compute_at_the_lowest_pr
     factor = factor_inverse(inputs.hessians(second, blocks[1], list(uses.values()))[use])
     alone = quantize_gptq(llama.get_parameter(_UP).detach(), factor, 2, 32)
     assert float((weights[_UP].dequantize(2) == alone.dequantize(32)).float().mean()) > 0.99
+
+
+def test_the_head_is_rounded_for_what_the_rounded_blocks_compute(model: PreTrainedModel, random_text: Dataset) -> None:
+    """On demand, and the blocks are rounded as without it."""
+    config = QuantizationConfig(precisions=[4], group_size=32)
+    blocks = quantize_blocks(model, config, random_text)
+    weights = quantize_blocks(model, config, random_text, with_head=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    (head,) = weights.keys() - blocks.keys()
+    assert head == names[id(model.get_output_embeddings().weight)]
+    for name, weight in blocks.items():
+        assert torch.equal(weights[name].dequantize(4), weight.dequantize(4))
+    rounded = copy.deepcopy(model)
+    seen: list[torch.Tensor] = []
+    rounded.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0][0].detach()))
+    with torch.no_grad():
+        for name, weight in blocks.items():
+            parameter, dense = rounded.get_parameter(name), weight.dequantize(4)
+            parameter.copy_(dense.T if _is_transposed(name) else dense)
+        for row in random_text:
+            rounded(input_ids=torch.tensor([row["input_ids"][: sum(row["attention_mask"])]]))
+    inputs = torch.cat(seen)
+    original = model.get_output_embeddings().weight.detach()
+    nearest = quantize(original, 4, 32, symmetric=True).dequantize(original.shape[1])
+
+    def lost(dense: torch.Tensor) -> float:
+        return float((inputs @ (dense - original).T).norm())
+
+    assert lost(weights[head].dequantize(4)) < 0.9 * lost(nearest)
+
+
+def _is_transposed(name: str) -> bool:
+    """Whether it is one of GPT-2's, which are `[in, out]`."""
+    return name.startswith("transformer.h.")
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -76,5 +111,5 @@ def test_names_the_weight_whose_inputs_are_no_numbers(llama: PreTrainedModel, ra
     model = copy.deepcopy(llama)
     with torch.no_grad():
         model.get_parameter("model.layers.1.post_attention_layernorm.weight").fill_(1e38)
-    with pytest.raises(CheckpointError, match=r"the inputs of model\.layers\.1\..*NaN or infinity.*--method rtn"):
+    with pytest.raises(CheckpointError, match=r"the inputs of model\.layers\.1\..*NaN or infinity.* round to nearest"):
         quantize_blocks(model, QuantizationConfig(), random_text)

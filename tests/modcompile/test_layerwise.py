@@ -7,8 +7,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from modcompile import LayerwiseQuantizeForCausalLM
 from modcompile.errors import ArtifactError, ConfigError
-from modcompile.layerwise import PrecisionCausalLMOutput
 from modcompile.precision_config import QuantizationConfig
+from modcompile.precision_output import PrecisionCausalLMOutput
 from modcompile.quantized_folder import read_quantized_folder, write_quantized_folder
 from modcompile.quantizing import quantize_base
 from tests.model_inputs import ModelInputs, make_inputs

@@ -9,7 +9,7 @@ import torch
 from modcompile import LayerwiseQuantizeForCausalLM
 from modcompile.config import RouterConfig
 from modcompile.errors import ConfigError
-from modcompile.layerwise import PrecisionCausalLMOutput
+from modcompile.precision_output import PrecisionCausalLMOutput
 from tests.model_inputs import ModelInputs, make_inputs, run_model
 from tests.routed_reference import decide, run_reference, skip
 from tests.tiny_quantized import let_routers_decide, plain_model

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from modcompile import LayerwiseQuantizeForCausalLM
-from modcompile.layerwise import PrecisionCausalLMOutput
+from modcompile.precision_output import PrecisionCausalLMOutput
 from tests.model_inputs import ModelInputs, make_inputs
 from tests.tiny_quantized import BITS, NUM_LAYERS, let_routers_decide, plain_model
 from tests.tiny_routed import tiny_base

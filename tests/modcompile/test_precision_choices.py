@@ -1,7 +1,7 @@
 import torch
 
-from modcompile.layerwise import PrecisionCausalLMOutput
 from modcompile.precision_choices import chosen_bits
+from modcompile.precision_output import PrecisionCausalLMOutput
 
 _TOKENS = torch.ones(2, 3).bool()
 

@@ -59,7 +59,7 @@ def test_rounds_what_the_given_weights_multiply() -> None:
     first, second = inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
     x = random(BATCH, TOKENS, 8)
     gm = traced(Run(lambda self, x: self.inner(x), inner=inner), x)
-    rounded = round_activations(gm, {second.get_parameter("weight")}, 4)
+    rounded = round_activations(gm, {second.get_parameter("weight"): 4})
     with torch.no_grad():
         torch.testing.assert_close(rounded(x)[0], second(round_to_int8(first(x), 4)))
         assert torch.equal(gm(x)[0], inner(x))
@@ -69,7 +69,7 @@ def test_what_several_products_read_is_rounded_once() -> None:
     inner = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     x = random(BATCH, TOKENS, 8)
     gm = traced(Run(lambda self, x: (self.inner[0](x), self.inner[1](x)), inner=inner), x)
-    rounded = round_activations(gm, {linear.get_parameter("weight") for linear in inner}, 4)
+    rounded = round_activations(gm, {linear.get_parameter("weight"): 4 for linear in inner})
     assert sum(node.target is round_to_int8 for node in rounded.graph.nodes) == 1
     with torch.no_grad():
         torch.testing.assert_close(list(rounded(x)), [linear(round_to_int8(x, 4)) for linear in inner])
@@ -80,7 +80,7 @@ def test_rounds_in_the_branches_of_a_lowered_graph() -> None:
     gm = lower_gates(hard_graph("llama", random_routers([1])))
     branches = [gm.get_submodule(f"blocks.1.{name}") for name in ("then_branch", "else_branch")]
     (key,) = {weight for name, weight in branches[1].named_parameters() if name.endswith("k_proj.weight")}
-    rounded = round_activations(gm, {key}, 16)
+    rounded = round_activations(gm, {key: 16})
     graphs = [rounded.get_submodule(f"blocks.1.{name}") for name in ("then_branch", "else_branch")]
     found = [
         sum(node.target is round_to_int8 for inner in all_graphs(graph) for node in inner.graph.nodes)
