@@ -10,7 +10,6 @@ from torch import fx, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import load_with_routers
-from modcompile.calibration_text import load_calibration_text
 from modcompile.errors import ConfigError
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.export_config import ExportConfig
@@ -127,6 +126,9 @@ def of_gates(
     if rounding is not None and nearest is not None:
         rounded_for_text: Mapping[nn.Parameter, PackedWeight] = {}
         if config.rounding == "gptq":
+            # Only here: it takes a second to import.
+            from modcompile.calibration_text import load_calibration_text
+
             text = load_calibration_text(calibrated(rounding), tokenizer_of(), model.config)
             assert text is not None
             rounded_for_text = round_for_text(model.base, rounding, text)

@@ -1,9 +1,9 @@
 """Round the weights of a model as its artifact will hold them."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -14,6 +14,10 @@ from modcompile.passes.quantize_weights import find_weights
 from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import PackedWeight
 from modcompile.quantization import quantize
+from modcompile.torch_threads import torch_threads
+
+if TYPE_CHECKING:  # it takes half a second to import
+    from datasets import Dataset
 
 
 @torch.no_grad()
@@ -27,20 +31,24 @@ def round_weights(
     parameter that several nodes read is rounded once.
     """
     codes = {}
-    for weight, is_transposed in tqdm(find_weights(*modules).items(), "Rounding", unit="weight", delay=2, leave=False):
-        stored = weight.T if is_transposed else weight
-        packed = (rounded or {}).get(weight)
-        if packed is None:
-            packed = PackedWeight.of(
-                quantize(stored, rounding.num_bits, rounding.group_size, symmetric=rounding.symmetric)
-            )
-        stored.copy_(packed.dequantize(stored.shape[1]))
-        codes[weight] = packed
+    weights = find_weights(*modules).items()
+    # Memory is what this takes time for: threads share it and wait for each other, with two it takes twice as long, and
+    # many times as long on a machine that others use.
+    with torch_threads(1):
+        for weight, is_transposed in tqdm(weights, "Rounding", unit="weight", delay=2, leave=False):
+            stored = weight.T if is_transposed else weight
+            packed = (rounded or {}).get(weight)
+            if packed is None:
+                packed = PackedWeight.of(
+                    quantize(stored, rounding.num_bits, rounding.group_size, symmetric=rounding.symmetric)
+                )
+            stored.copy_(packed.dequantize(stored.shape[1]))
+            codes[weight] = packed
     return codes
 
 
 def round_for_text(
-    base: PreTrainedModel, rounding: WeightRounding, calibration: Dataset
+    base: PreTrainedModel, rounding: WeightRounding, calibration: "Dataset"
 ) -> dict[nn.Parameter, PackedWeight]:
     """The codes, by GPTQ, of what the blocks and the head of `base` multiply by; `base` is left alone.
 

@@ -5,9 +5,9 @@ is one hidden state a sequence, and what the blocks share.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch import fx
 
 from modcompile.graph_inputs import graph_inputs
@@ -16,13 +16,16 @@ from modcompile.passes.find_linears import LinearUse
 from modcompile.passes.outlined_form import block_calls
 from modcompile.text_loss import batches
 
+if TYPE_CHECKING:  # it takes half a second to import
+    from datasets import Dataset
+
 _EPSILON = 1e-6  # as in a norm: a hidden state may be zero
 
 
 class BlockInputs:
     """The sequences of a text on their way through the blocks."""
 
-    def __init__(self, gm: fx.GraphModule, sequences: Dataset) -> None:
+    def __init__(self, gm: fx.GraphModule, sequences: "Dataset") -> None:
         """Run what comes before the blocks of `gm`, traced without a cache.
 
         `sequences` are as `tokenize_and_pack` makes them.

@@ -1,5 +1,6 @@
 """What the command lines share: how they end."""
 
+import gc
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ def run(main: Callable[[], None]) -> int:
     a reader that went away ends in none. Any other exception passes: it is a bug, and its traceback is wanted.
     """
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What the libraries have made stays till the end; to search it for garbage again and again takes seconds.
+    gc.freeze()
     try:
         main()
         sys.stdout.flush()

@@ -1,9 +1,9 @@
 """Quantize the decoder blocks of a model one after the other, then its head, each for the inputs that a text gives."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch import fx
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -19,9 +19,12 @@ from modcompile.precision_config import QuantizationConfig
 from modcompile.precisions import MultiPrecisionWeight, quantize_weight
 from modcompile.routed_graph import trace_outlined
 
+if TYPE_CHECKING:  # it takes half a second to import
+    from datasets import Dataset
+
 
 def quantize_blocks(
-    base: PreTrainedModel, config: QuantizationConfig, calibration: Dataset, *, with_head: bool = False
+    base: PreTrainedModel, config: QuantizationConfig, calibration: "Dataset", *, with_head: bool = False
 ) -> dict[str, MultiPrecisionWeight]:
     """Quantize every weight that a block multiplies by, by the names that `base` has for them; on demand the head, too.
 

@@ -30,8 +30,8 @@ class QuantizedWeight:
 
     def dequantize(self, in_features: int) -> torch.Tensor:
         """The float32 weight `[N, in_features]`."""
-        steps = self.codes.float() - self.zero_points.float().unsqueeze(-1)
-        return (steps * self.scales.unsqueeze(-1)).flatten(1)[:, :in_features]
+        steps = self.codes.float().sub_(self.zero_points.float().unsqueeze(-1))
+        return steps.mul_(self.scales.unsqueeze(-1)).flatten(1)[:, :in_features]
 
 
 def quantize(weight: torch.Tensor, num_bits: int, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
@@ -89,22 +89,24 @@ def round_to_codes(
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """`[N, K]` → `[N, G, group_size]`, filled up with zeros."""
     missing = -weight.shape[1] % group_size
-    return functional.pad(weight, (0, missing)).reshape(weight.shape[0], -1, group_size)
+    filled: torch.Tensor = functional.pad(weight, (0, missing)) if missing else weight
+    return filled.reshape(weight.shape[0], -1, group_size)
 
 
 def pack(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
     """uint8 codes `[…, n]` → bytes `[…, n * num_bits / 8]`, the first code in the lowest bits."""
-    per_byte = 8 // num_bits
-    shifts = torch.arange(per_byte, dtype=torch.int32) * num_bits
-    parts = codes.reshape(*codes.shape[:-1], -1, per_byte).to(torch.int32) << shifts.to(codes.device)
-    return parts.sum(-1).to(torch.uint8)
+    parts = codes.unflatten(-1, (-1, 8 // num_bits)).unbind(-1)
+    packed: torch.Tensor = parts[0].clone()
+    for index, part in enumerate(parts[1:], 1):
+        packed.bitwise_or_(part << index * num_bits)
+    return packed
 
 
 def unpack(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
     """The inverse of `pack`."""
-    shifts = torch.arange(8 // num_bits, dtype=torch.int32, device=packed.device) * num_bits
-    codes: torch.Tensor = (packed.to(torch.int32).unsqueeze(-1) >> shifts) & (2**num_bits - 1)
-    return codes.flatten(-2).to(torch.uint8)
+    shifts = torch.arange(8 // num_bits, dtype=torch.uint8, device=packed.device) * num_bits
+    codes: torch.Tensor = packed.unsqueeze(-1) >> shifts
+    return codes.bitwise_and_(2**num_bits - 1).flatten(-2)
 
 
 def _squared_error(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from modcompile.passes.graph_calls import append_placeholders
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import copy_graph
 
 
@@ -27,4 +28,4 @@ def add_unused_inputs(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphModul
     graph, outputs = copy_graph(gm)
     append_placeholders(graph, names)
     graph.output(outputs)
-    return fx.GraphModule(gm, graph)
+    return LazyGraphModule(gm, graph)

@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.gather_tokens import gather_tokens
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, called_modules, copy_graph, getitems, routed_calls
 
 RESTORE = f"align_rows.{NUM_TOKEN_INPUTS}"
@@ -88,4 +89,4 @@ def align_rows(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output((*kept, *masks))
     graph.lint()
     modules |= {str(node.target): get_attribute(gm, str(node.target)) for node in graph.find_nodes(op="get_attr")}
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)

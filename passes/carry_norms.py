@@ -23,6 +23,7 @@ from torch import fx
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.graph_calls import append_arguments, append_placeholders
 from modcompile.passes.graph_patterns import is_call
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import block_calls, copy_graph, results, routed_calls
 
 _rms_norm = torch.ops.aten.rms_norm.default
@@ -54,7 +55,7 @@ def carry_norms(gm: fx.GraphModule) -> fx.GraphModule:
         normed.meta = dict(results(call)[0].meta)
         append_arguments(following, [normed])
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _take_norm(block: fx.GraphModule) -> tuple[fx.GraphModule, torch.Tensor, float] | None:
@@ -73,7 +74,7 @@ def _take_norm(block: fx.GraphModule) -> tuple[fx.GraphModule, torch.Tensor, flo
     norm.replace_all_uses_with(normed)
     graph.erase_node(norm)
     graph.output(outputs)
-    return fx.GraphModule(block, graph), get_attribute(block, str(weight.target)), eps
+    return LazyGraphModule(block, graph), get_attribute(block, str(weight.target)), eps
 
 
 def _give_norm(block: fx.GraphModule, weight: torch.Tensor, eps: float) -> fx.GraphModule:
@@ -82,4 +83,4 @@ def _give_norm(block: fx.GraphModule, weight: torch.Tensor, eps: float) -> fx.Gr
     normed.meta = dict(hidden.meta)
     graph.output((hidden, *cache, normed))
     names = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")} - {_WEIGHT}
-    return fx.GraphModule({_WEIGHT: weight, **{name: get_attribute(block, name) for name in names}}, graph)
+    return LazyGraphModule({_WEIGHT: weight, **{name: get_attribute(block, name) for name in names}}, graph)

@@ -33,6 +33,7 @@ from modcompile.passes.cond_chain import add_cond_chain
 from modcompile.passes.decide_precision import DecideForSequences, DecideForTokens, PrecisionInputs
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.harden_gates import RoutingInputs, score_and_bias
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.masked_block import masked_block
 from modcompile.passes.mix_branches import SelectByIndex, mix_branches
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, results
@@ -90,7 +91,7 @@ def choose_precision(
     graph.output((*outputs, *bits))
     eliminate_dead_code(graph)
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _branched_block(
@@ -114,7 +115,7 @@ def _branched_block(
     modules: dict[str, nn.Module] = {"decide": decide}
     values = add_cond_chain(graph, modules, versions, conditions, operands)
     graph.output((*values, bits))
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _versions_for_sequences(branches: Sequence[fx.GraphModule]) -> list[fx.GraphModule]:

@@ -32,6 +32,7 @@ from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import find_linears
 from modcompile.passes.graph_calls import append_placeholders
 from modcompile.passes.graph_patterns import is_call, is_reshape
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.open_tokens import GATHER_OPEN, OPEN_TOKENS, SCATTER_OPEN
 from modcompile.passes.outlined_form import inner_block
@@ -95,7 +96,7 @@ def _compact(masked: fx.GraphModule) -> fx.GraphModule:
     graph.output((hidden_after, *(env[value] for value in cache)))
     graph.lint()
     held = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-    return fx.GraphModule({name: get_attribute(block, name) for name in held}, graph)
+    return LazyGraphModule({name: get_attribute(block, name) for name in held}, graph)
 
 
 def _of_rows(node: fx.Node) -> dict[str, Any]:

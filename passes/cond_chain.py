@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from modcompile.passes.add_unused_inputs import add_unused_inputs
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import getitems, num_outputs
 
 _cond = torch.ops.higher_order.cond
@@ -69,7 +70,7 @@ def _nothing(branch: fx.GraphModule, count: int) -> fx.GraphModule:
     hidden, *_ = [graph.placeholder(node.name) for node in branch.graph.find_nodes(op="placeholder")]
     ranks = [_HIDDEN_RANK] + [_CACHE_RANK] * (count - 1)
     graph.output(tuple(graph.call_method("new_zeros", (hidden, [0] * rank)) for rank in ranks))
-    return fx.GraphModule({}, graph)
+    return LazyGraphModule({}, graph)
 
 
 def _keep(branch: fx.GraphModule, previous: Sequence[str]) -> fx.GraphModule:
@@ -79,4 +80,4 @@ def _keep(branch: fx.GraphModule, previous: Sequence[str]) -> fx.GraphModule:
     values = [graph.placeholder(name) for name in previous]
     # A branch of a cond must not return its input itself.
     graph.output(tuple(graph.call_function(torch.clone, (value,)) for value in values))
-    return fx.GraphModule({}, graph)
+    return LazyGraphModule({}, graph)

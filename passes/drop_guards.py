@@ -18,6 +18,8 @@ other lengths (an empty cache among them), under autocast, and on another device
 import torch
 from torch import fx
 
+from modcompile.passes.lazy_graph_module import LazyGraphModule
+
 _aten = torch.ops.aten
 _TO_THE_END = 2**63 - 1
 
@@ -37,7 +39,7 @@ def drop_guards(gm: fx.GraphModule) -> fx.GraphModule:
         elif _is_whole_slice(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    result = fx.GraphModule(gm, graph)
+    result = LazyGraphModule(gm, graph)
     result.graph.lint()
     return result
 

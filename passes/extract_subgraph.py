@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 
 _sym_size = torch.ops.aten.sym_size.int
 
@@ -90,7 +91,7 @@ def extract_subgraph(
     graph.output(tuple(env[node] for node in outputs))
     eliminate_dead_code(graph)
     used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-    return fx.GraphModule({name: value for name, value in attributes.items() if name in used}, graph)
+    return LazyGraphModule({name: value for name, value in attributes.items() if name in used}, graph)
 
 
 def get_attribute(module: torch.nn.Module, name: str) -> Any:

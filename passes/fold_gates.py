@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.harden_gates import RoutingInputs
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import (
     called_modules,
     copy_graph,
@@ -73,7 +74,7 @@ def fold_gates(gm: fx.GraphModule, executed: Collection[range], skipped: Collect
         modules["routing_inputs"] = RoutingInputs(biases[position] for position in kept)
         modules["routing_threshold"] = gm.get_buffer("routing_threshold")[kept]
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _executed(block: fx.GraphModule) -> fx.GraphModule:

@@ -19,6 +19,7 @@ from modcompile.passes.align_rows import align_rows
 from modcompile.passes.carry_norms import carry_norms
 from modcompile.passes.fuse_group_query_attention import fuse_group_query_attention
 from modcompile.passes.fuse_skip_norm import fuse_skip_norm
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.outlined_form import copy_graph
 from modcompile.passes.pack_linears import pack_linears
@@ -61,4 +62,4 @@ def _with_skip_norms(gm: fx.GraphModule) -> fx.GraphModule:
     graph, outputs = copy_graph(gm)
     graph.output(outputs)
     fuse_skip_norm(graph)
-    return fx.GraphModule(gm, graph)
+    return LazyGraphModule(gm, graph)

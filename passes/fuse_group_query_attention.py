@@ -30,6 +30,7 @@ from modcompile.passes.cancel_layouts import cancel_layouts
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.graph_calls import append_arguments, append_placeholders, calls_of
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, results
 from modcompile.passes.read_attention_inputs import NotFusedError, read_attention_inputs
 
@@ -91,7 +92,7 @@ def fuse_group_query_attention(gm: fx.GraphModule, max_positions: int) -> fx.Gra
     graph.output(outputs)
     eliminate_dead_code(graph)
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _fuse(gm: fx.GraphModule, given: Sequence[Role | None]) -> fx.GraphModule:
@@ -117,7 +118,7 @@ def _fuse(gm: fx.GraphModule, given: Sequence[Role | None]) -> fx.GraphModule:
     eliminate_dead_code(graph)
     _check_inputs(roles, children)
     names = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    return fx.GraphModule({name: children.get(name) or get_attribute(gm, name) for name in names}, graph)
+    return LazyGraphModule({name: children.get(name) or get_attribute(gm, name) for name in names}, graph)
 
 
 def _check_inputs(roles: dict[fx.Node, Role], children: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from modcompile.passes.fuse_attention import fuse_attention
 from modcompile.passes.fuse_rms_norm import fuse_rms_norm
 from modcompile.passes.fuse_rotary_embedding import fuse_rotary_embedding
 from modcompile.passes.graph_calls import calls_of
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import copy_graph
 from modcompile.stages import stage
 
@@ -70,4 +71,4 @@ def _fuse(gm: fx.GraphModule, halves: Sequence[bool]) -> tuple[fx.GraphModule, l
     returned: Any = output.args[0]
     names = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     attributes = {name: called[name] if name in called else get_attribute(gm, name) for name in names}
-    return fx.GraphModule(attributes, graph), [value in equal_halves for value in returned]
+    return LazyGraphModule(attributes, graph), [value in equal_halves for value in returned]

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from modcompile.layer_ranges import name_of
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import (
     NUM_TOKEN_INPUTS,
     block_calls,
@@ -46,9 +47,9 @@ def group_blocks(gm: fx.GraphModule, groups: Iterable[range]) -> fx.GraphModule:
         members = calls[layers.start : layers.stop]
         blocks = {str(index): modules.pop(str(call.target)) for index, call in enumerate(members)}
         name = f"blocks.{name_of(layers)}"
-        modules[name] = fx.GraphModule(blocks, _join(members, name))
+        modules[name] = LazyGraphModule(blocks, _join(members, name))
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _join(members: Sequence[fx.Node], name: str) -> fx.Graph:

@@ -30,6 +30,7 @@ import torch
 from torch import fx, nn
 
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.map_blocks import map_blocks
 from modcompile.passes.masked_block import masked_block
 from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, inner_block, routed_calls
@@ -93,7 +94,7 @@ def harden_gates(gm: fx.GraphModule) -> fx.GraphModule:
         modules[str(call.target)] = _harden_block(block, score)
     graph.output(outputs)
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def score_and_bias(router: nn.Module, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
@@ -121,7 +122,7 @@ def _harden_block(soft: fx.GraphModule, score: nn.Module) -> fx.GraphModule:
     mixed = soft.get_submodule("block")
     assert isinstance(mixed, fx.GraphModule)
     masked = map_blocks(mixed, lambda block: masked_block(inner_block(block)))
-    return fx.GraphModule({"decide": _decide(score), "block": masked}, graph)
+    return LazyGraphModule({"decide": _decide(score), "block": masked}, graph)
 
 
 def _decide(score: nn.Module) -> fx.GraphModule:
@@ -130,4 +131,4 @@ def _decide(score: nn.Module) -> fx.GraphModule:
     router_input, least_score, token_mask = inputs
     is_open = graph.call_function(operator.gt, (graph.call_module("score", (router_input,)), least_score))
     graph.output((is_open, graph.call_function(operator.and_, (is_open, token_mask))))
-    return fx.GraphModule({"score": score}, graph)
+    return LazyGraphModule({"score": score}, graph)

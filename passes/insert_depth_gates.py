@@ -29,6 +29,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.map_blocks import map_blocks
 from modcompile.passes.mixed_block import mixed_block
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, layers_called, results
@@ -61,7 +62,7 @@ def insert_depth_gates(
             gates.append(graph.call_function(operator.getitem, (call, len(values))))
     graph.output((*outputs, *gates))
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _gated_block(block: nn.Module, router: nn.Module, gate: nn.Module, num_outputs: int) -> fx.GraphModule:
@@ -73,4 +74,4 @@ def _gated_block(block: nn.Module, router: nn.Module, gate: nn.Module, num_outpu
     outputs = getitems(graph.call_module("block", (*inputs, value)), num_outputs)
     graph.output((*outputs, value))
     mixed = map_blocks(block, mixed_block, "gate")
-    return fx.GraphModule({"router": router, "gate": gate, "block": mixed}, graph)
+    return LazyGraphModule({"router": router, "gate": gate, "block": mixed}, graph)

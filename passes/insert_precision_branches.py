@@ -31,6 +31,7 @@ import torch
 from torch import fx, nn
 
 from modcompile.passes.decide_precision import token_weights_of
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.mix_branches import WeightedSum, mix_branches
 from modcompile.passes.outlined_form import block_calls, called_modules, copy_graph, getitems, num_outputs, results
 from modcompile.passes.sampled_branches import SampledBranches
@@ -88,7 +89,7 @@ def insert_precision_branches(
                 gates.append(graph.call_function(operator.getitem, (call, len(values) + 1)))
     graph.output((*outputs, *weights, *gates))
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def gated_weights(weights: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -114,4 +115,4 @@ def _mixed_block(branches: list[fx.GraphModule], deciding: dict[str, nn.Module],
     values = getitems(graph.call_module("branches", (*inputs, shares)), num_outputs(mixed))
     graph.output((*values, *decided))
     called = SampledBranches(versions, mixed) if sampled else mixed
-    return fx.GraphModule(deciding | {"branches": called}, graph)
+    return LazyGraphModule(deciding | {"branches": called}, graph)

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import called_modules, copy_graph
 
 LOGITS_TO_KEEP = "logits_to_keep"
@@ -49,4 +50,4 @@ def keep_last_logits(gm: fx.GraphModule) -> fx.GraphModule:
     device = next(gm.parameters()).device
     buffers = {LOGITS_TO_KEEP: torch.tensor([sys.maxsize], device=device)}
     attributes = {name: get_attribute(gm, name) for name in names}
-    return fx.GraphModule({**called_modules(gm), **attributes, **buffers}, graph)
+    return LazyGraphModule({**called_modules(gm), **attributes, **buffers}, graph)

@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from modcompile.passes.add_unused_inputs import add_unused_inputs
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.map_blocks import map_blocks
 from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, inner_block, routed_calls
 from modcompile.passes.skip_block import skip_block
@@ -45,7 +46,7 @@ def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
         assert isinstance(block, fx.GraphModule)
         modules[str(call.target)] = _lower_block(block)
     graph.output(outputs)
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
@@ -68,7 +69,7 @@ def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
         "then_branch": block,
         "else_branch": map_blocks(block, _skipped),
     }
-    return fx.GraphModule(children, graph)
+    return LazyGraphModule(children, graph)
 
 
 def _skipped(masked: fx.GraphModule) -> fx.GraphModule:
@@ -79,4 +80,4 @@ def _decide_once_for_all_tokens(decide: fx.GraphModule) -> fx.GraphModule:
     graph, outputs = copy_graph(decide)
     is_open, routing_mask = outputs
     graph.output((is_open, routing_mask, graph.call_function(torch.any, (is_open,))))
-    return fx.GraphModule(dict(decide.named_children()), graph)
+    return LazyGraphModule(dict(decide.named_children()), graph)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import copy_graph, is_group
 
 
@@ -38,4 +39,4 @@ def map_blocks(
         member = block.get_submodule(str(call.target))
         assert isinstance(member, fx.GraphModule)
         members[str(call.target)] = rewrite(member)
-    return fx.GraphModule(members, graph)
+    return LazyGraphModule(members, graph)

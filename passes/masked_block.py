@@ -13,6 +13,7 @@ After::
 import torch
 from torch import fx
 
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import getitems, num_outputs
 
 
@@ -26,4 +27,4 @@ def masked_block(block: fx.GraphModule) -> fx.GraphModule:
     is_open = graph.placeholder("is_open")
     executed, *cache = getitems(graph.call_module("block", tuple(inputs)), num_outputs(block))
     graph.output((graph.call_function(torch.where, (is_open, executed, inputs[0])), *cache))
-    return fx.GraphModule({"block": block}, graph)
+    return LazyGraphModule({"block": block}, graph)

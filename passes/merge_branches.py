@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -58,7 +59,7 @@ def merge_branches(branches: Sequence[fx.GraphModule]) -> fx.GraphModule:
         (output,) = branch.graph.find_nodes(op="output")
         outputs += [env[node] for node in output.args[0]]
     graph.output(tuple(outputs))
-    return fx.GraphModule(attributes, graph)
+    return LazyGraphModule(attributes, graph)
 
 
 def _key(branch: fx.GraphModule, node: fx.Node, env: dict[fx.Node, fx.Node]) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.merge_branches import merge_branches
 from modcompile.passes.outlined_form import num_outputs
 
@@ -90,7 +91,7 @@ def mix_branches(branches: Sequence[fx.GraphModule], combine: nn.Module) -> fx.G
     graph.output((graph.call_module("combine", (selection, *(env[state] for state in hidden_states))), *mixed))
     modules = {"combine": combine, "combine_cache": CombineCache(combine)}
     held = {str(node.target): node.op for node in body if node.op in ("get_attr", "call_module")}
-    return fx.GraphModule(modules | {name: get_attribute(merged, name) for name in held}, graph)
+    return LazyGraphModule(modules | {name: get_attribute(merged, name) for name in held}, graph)
 
 
 def _copy(nodes: Iterable[fx.Node], graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> None:

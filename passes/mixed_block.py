@@ -14,6 +14,7 @@ import operator
 
 from torch import fx
 
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import getitems, num_outputs
 
 
@@ -30,4 +31,4 @@ def mixed_block(block: fx.GraphModule) -> fx.GraphModule:
     closed = graph.call_function(operator.sub, (1, gate))
     skipped = graph.call_function(operator.mul, (closed, inputs[0]))
     graph.output((graph.call_function(operator.add, (kept, skipped)), *cache))
-    return fx.GraphModule({"block": block}, graph)
+    return LazyGraphModule({"block": block}, graph)

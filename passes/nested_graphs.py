@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import copy_graph
 
 
@@ -20,7 +21,7 @@ def map_graphs(gm: fx.GraphModule, change: Callable[[fx.GraphModule], fx.GraphMo
         if node.op in ("call_module", "get_attr"):
             value = get_attribute(gm, str(node.target))
             attributes[str(node.target)] = map_graphs(value, change) if isinstance(value, fx.GraphModule) else value
-    return change(fx.GraphModule(attributes, graph))
+    return change(LazyGraphModule(attributes, graph))
 
 
 def all_graphs(module: nn.Module) -> Iterator[fx.GraphModule]:

@@ -26,6 +26,7 @@ from torch import fx
 
 from modcompile.errors import UnsupportedModelError
 from modcompile.passes.extract_subgraph import extract_subgraph, find_inputs, is_symbolic_int
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS
 
 _MEMBER = re.compile(r"(.+)\.(\d+)")
@@ -76,7 +77,7 @@ def outline_blocks(gm: fx.GraphModule) -> fx.GraphModule:
     call("epilogue", after, find_inputs(after), [logits])
     graph.output(tuple(env[node] for node in (logits, *presents)))
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def find_block_nodes(gm: fx.GraphModule) -> list[tuple[str, list[fx.Node]]]:

@@ -30,6 +30,7 @@ from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.graph_patterns import is_call
 from modcompile.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.outlined_form import copy_graph
 from modcompile.passes.quantized_ops import MATMUL_NBITS
@@ -68,7 +69,7 @@ def _pack(gm: fx.GraphModule) -> fx.GraphModule:
     eliminate_dead_code(graph)
     names = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
     attributes = {name: packed[name] if name in packed else get_attribute(gm, name) for name in names}
-    return fx.GraphModule(attributes, graph)
+    return LazyGraphModule(attributes, graph)
 
 
 def _product(node: fx.Node) -> _Product | None:

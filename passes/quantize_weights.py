@@ -24,6 +24,7 @@ from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import LinearUse, find_linears
 from modcompile.passes.graph_patterns import is_call, is_reshape
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.nested_graphs import all_graphs, map_graphs
 from modcompile.passes.outlined_form import copy_graph
 from modcompile.passes.quantized_ops import GATHER_BLOCK_QUANTIZED, MATMUL_NBITS, operands
@@ -85,7 +86,7 @@ def _quantize(gm: fx.GraphModule, codes: Mapping[Any, Operands]) -> fx.GraphModu
         if node.op in ("get_attr", "call_module"):
             name = str(node.target)
             attributes[name] = buffers[name] if name in buffers else get_attribute(gm, name)
-    return fx.GraphModule(attributes, graph)
+    return LazyGraphModule(attributes, graph)
 
 
 def _product(use: LinearUse, read: Operands, buffers: dict[str, torch.Tensor]) -> fx.Node:

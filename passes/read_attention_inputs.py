@@ -17,6 +17,7 @@ from torch import fx
 
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.graph_patterns import dtype_of, shape_of
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, copy_graph
 
 _sym_size = torch.ops.aten.sym_size.int
@@ -103,7 +104,7 @@ def _part(prologue: fx.GraphModule, index: int, order: list[int]) -> _Part:
     eliminate_dead_code(graph)
     inputs = zip(order, graph.find_nodes(op="placeholder"), strict=True)
     reads = {place for place, node in inputs if any(user.target is not _sym_size for user in node.users)}
-    return _Part(fx.GraphModule(prologue, graph), order, reads)
+    return _Part(LazyGraphModule(prologue, graph), order, reads)
 
 
 def _table(part: _Part, max_positions: int) -> torch.Tensor:

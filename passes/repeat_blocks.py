@@ -25,6 +25,7 @@ from torch import fx
 from modcompile.errors import UnsupportedModelError
 from modcompile.passes.code_key import code_key
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import NUM_TOKEN_INPUTS, block_calls, results
 
 
@@ -83,7 +84,7 @@ def repeat_blocks(gm: fx.GraphModule, layers: Sequence[torch.nn.Module]) -> fx.G
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output((env[results(epilogue)[0]], *presents))
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _with_parameters_of(template: fx.GraphModule, layer: torch.nn.Module, name: str) -> fx.GraphModule:
@@ -97,4 +98,4 @@ def _with_parameters_of(template: fx.GraphModule, layer: torch.nn.Module, name: 
         if tensor is None or tensor.shape != traced.shape:
             raise UnsupportedModelError(f"{name} has no parameter {target} of shape {tuple(traced.shape)}")
         attributes[target] = tensor
-    return fx.GraphModule(attributes, template.graph)
+    return LazyGraphModule(attributes, template.graph)

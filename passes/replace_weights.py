@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from modcompile.passes.extract_subgraph import get_attribute
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import copy_graph
 
 
@@ -33,4 +34,4 @@ def replace_weights(block: fx.GraphModule, weights: Mapping[str, torch.Tensor], 
         elif node.op in ("get_attr", "call_module"):
             attributes[str(node.target)] = get_attribute(block, str(node.target))
     graph.output(outputs)
-    return fx.GraphModule(attributes, graph)
+    return LazyGraphModule(attributes, graph)

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import find_linears
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.outlined_form import copy_graph
 
@@ -56,4 +57,4 @@ def _round(gm: fx.GraphModule, group_sizes: Mapping[torch.Tensor, int]) -> fx.Gr
                 with graph.inserting_before(use.node):
                     rounded[key] = graph.call_function(round_to_int8, key)
             use.node.replace_input_with(use.x, rounded[key])
-    return fx.GraphModule(gm, graph)
+    return LazyGraphModule(gm, graph)

@@ -17,6 +17,7 @@ from torch import fx
 
 from modcompile.errors import UnsupportedModelError
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code, is_mutating
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import copy_graph
 
 
@@ -39,4 +40,4 @@ def skip_block(block: fx.GraphModule) -> fx.GraphModule:
                 f"a decoder block writes to a tensor in place ({node.target}), so what its keys and values need can't "
                 "be cut out of it; write that operation out of place"
             )
-    return fx.GraphModule(block, graph)
+    return LazyGraphModule(block, graph)

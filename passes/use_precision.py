@@ -21,6 +21,7 @@ from torch import fx
 from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.find_linears import LinearUse, find_linears
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import copy_graph
 from modcompile.passes.quantized_ops import MATMUL_NBITS, operands
 from modcompile.precisions import MultiPrecisionWeight
@@ -49,7 +50,7 @@ def use_precision(block: fx.GraphModule, weights: Mapping[str, MultiPrecisionWei
         if node.op in ("get_attr", "call_module"):
             name = str(node.target)
             attributes[name] = buffers[name] if name in buffers else get_attribute(block, name)
-    return fx.GraphModule(attributes, graph)
+    return LazyGraphModule(attributes, graph)
 
 
 def _product(
