@@ -38,6 +38,7 @@ from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.graph_calls import append_placeholders
 from modcompile.passes.harden_gates import RoutingInputs
+from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, layers_called, results, routed_calls
 
 DECISIONS = "decisions."
@@ -98,7 +99,7 @@ def join_decisions(gm: fx.GraphModule) -> fx.GraphModule:
     modules["routing_inputs"] = RoutingInputs(gm.get_submodule("routing_inputs").parameters(), sizes)
     eliminate_dead_code(graph)
     graph.lint()
-    return fx.GraphModule(modules, graph)
+    return LazyGraphModule(modules, graph)
 
 
 def _lowered_calls(gm: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
@@ -144,4 +145,4 @@ def _told_what_is_decided(block: fx.GraphModule) -> fx.GraphModule:
         graph.erase_node(value)
     for node in (decide, *made_of):
         graph.erase_node(node)
-    return fx.GraphModule(block, graph)
+    return LazyGraphModule(block, graph)
