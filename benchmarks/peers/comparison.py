@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from benchmarks.peers.case import Case
 from benchmarks.peers.notes import notes, processor
-from benchmarks.peers.own_exports import DENSE
+from benchmarks.peers.own_exports import DENSE, DENSE_LARGE
 from benchmarks.peers.participants import make_participants
 from benchmarks.peers.rounds import failures, measure_rounds
 from benchmarks.peers.source import Source, make_source
@@ -51,7 +51,7 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             "long_prompt": len(workload.long_prompt),
             "context": len(workload.context),
         },
-        "baseline": DENSE,
+        "baselines": [DENSE, DENSE_LARGE],
         "peers": [case.name for case in everyone.peers if case in cases],
         "models": everyone.models,
         "rounds": rounds,

@@ -11,15 +11,17 @@ Resident memory: after loading, prefilling both prompts and decoding, pages of m
 it is the same process with its libraries, before it loads the model.
 Ours: modcompile's decoder, the logits of the last token of a prompt; it asks the kernel for huge pages for the weights,
 as modcompile.generate does, which no other does here.
-onnxruntime-genai: the model of its own builder, accuracy level 4, blocks of 32, with the threads set (its default is
-1), one buffer for past and present. It computes the logits of all tokens of a prompt, or of the last where it says so.
+onnxruntime-genai: the model of its own builder, accuracy level 4, groups of 32 unless it says otherwise, with the
+threads set (its default is 1), one buffer for past and present. It computes the logits of all tokens of a prompt, or of
+the last where it says so.
 llama.cpp: its own functions, its defaults but for the threads (weights repacked for this processor, a cache in
 float16), with its flash attention, which it takes by default, and without. It computes the logits of the last token of
 a prompt. Q4_0 has all matrices at 4 bits, embeddings and head as well.
 transformers: eager, its default attention, the logits of the last token of a prompt.
 Soft gates: eager; every gate is computed, every block run and mixed by its gate; the logits of all tokens.
-Ours: groups of 32 rounded to nearest; by GPTQ, groups of 128 in blocks, embedding and head as before.
-Routed: linear routers, a gate for 3 blocks (6 where it is coarse) of SmolLM2, for 1 (2) of a larger model.
+Ours: groups of 32, rounded to nearest; groups of 128 by GPTQ, or to nearest where weights are random.
+Routed: linear routers, a gate for 3 blocks (6 where it is coarse) of SmolLM2, for 1 (2) of a larger model; five gates
+are decided at once.
 Skipped blocks are the same for every token, forced by thresholds: what that saves, not what routers would choose.
 Random routers: a gate a block, each closed for 30 % of the tokens, for each token others.
 Perplexity: each sequence on its own. Writing a model: its commands, with the start of each process.

@@ -25,7 +25,8 @@ class Export:
     name: str
     commands: tuple[str, ...]
     """`python -m` is put before each; {source} is a folder, {model} its name, {blocks_per_gate} what suits its size
-    ({coarse_blocks_per_gate} twice of that), and {work} a folder that the last one leaves an export in, as `onnx`."""
+    ({coarse_blocks_per_gate} twice of that), {large_groups} what rounds in groups of 128, and {work} a folder that the
+    last one leaves an export in, as `onnx`."""
 
     @property
     def folder_name(self) -> str:
@@ -38,13 +39,15 @@ class Export:
             work = Path(name) / "work"
             for command in self.commands:
                 given = {
-                    "source": source.folder,
+                    "source": shlex.quote(str(source.folder)),
                     "model": source.name,
-                    "work": work,
+                    "work": shlex.quote(str(work)),
                     "blocks_per_gate": source.blocks_per_gate,
                     "coarse_blocks_per_gate": 2 * source.blocks_per_gate,
+                    # What a text says of random weights is nothing; to round them for it would take an hour.
+                    "large_groups": "--rounding gptq" if source.reads_text else "--group_size 128",
                 }
-                module, *arguments = [part.format_map(given) for part in shlex.split(command)]
+                module, *arguments = shlex.split(command.format_map(given))
                 run_module(Path(sys.executable), module, arguments)
             (work / "onnx").rename(output / "onnx")
             return {"verifying_seconds": read_report(work)["export"]["seconds"].get("verifying", 0.0)}
@@ -72,40 +75,30 @@ class OwnCase:
         return [2.0 if first <= block < first + skipped else 0.0 for block in range(count)]
 
 
+_GATES_PER_DECISION = 5
 _REWRITE = (
     "modcompile.rewrite {source} --output_dir {work} --export --verify none --weights int4 --router_hidden_size 0"
 )
-_PER_DECISION = 5
+_LARGE = f"{_REWRITE} {{large_groups}}"
+_ROUTE = f"{_LARGE} --gates_per_decision {_GATES_PER_DECISION} --blocks_per_gate"
 _DENSE = Export("dense int4", (f"{_REWRITE} --always_active all",))
-_GPTQ = Export(
-    "dense int4 by GPTQ",
-    (
-        "modcompile.quantize {source} --output_dir {work} --precisions 4 --group_size 128 --method gptq",
-        "modcompile.export {work} --verify none --weights int4",
-    ),
-)
-_ROUTED = Export("routed int4", (f"{_REWRITE} --blocks_per_gate {{blocks_per_gate}}",))
-_AT_ONCE = Export(
-    "int4 routed at once", (f"{_REWRITE} --blocks_per_gate {{blocks_per_gate}} --gates_per_decision {_PER_DECISION}",)
-)
-_COARSE = Export("coarsely routed int4", (f"{_REWRITE} --blocks_per_gate {{coarse_blocks_per_gate}}",))
+_DENSE_LARGE = Export("dense int4 in groups of 128", (f"{_LARGE} --always_active all",))
+_ROUTED = Export("routed int4", (f"{_ROUTE} {{blocks_per_gate}}",))
+_COARSE = Export("coarsely routed int4", (f"{_ROUTE} {{coarse_blocks_per_gate}}",))
 _RANDOM = "benchmarks.peers.random_routers {source} --model {model} --output_dir {work} --skipped 0.3"
-_AT_RANDOM = Export(
-    "random routers", (_RANDOM, "modcompile.export {work} --verify none --weights int4 --fold_gates none")
-)
-DENSE = "ours: dense int4"
-"""The case that routed ones are compared with."""
+_EXPORT = "modcompile.export {work} --verify none --weights int4 --group_size 128 --fold_gates none"
+_AT_RANDOM = Export("random routers", (_RANDOM, _EXPORT))
+DENSE, DENSE_LARGE = "ours: dense int4", "ours: dense int4, groups of 128"
+"""The cases that others of ours are compared with: the routed ones with the second, whose weights they have."""
 OWN_CASES = (
     OwnCase(DENSE, _DENSE, scored=True),
     OwnCase("ours: dense int4, plain pages", _DENSE, huge_pages=False),
-    OwnCase("ours: dense int4 by GPTQ, groups of 128", _GPTQ, scored=True),
-    OwnCase("ours: routed int4, none skipped", _ROUTED, skipped=0.0),
-    OwnCase("ours: routed int4, 20 % skipped", _ROUTED, skipped=0.2),
-    OwnCase(f"ours: int4 routed {_PER_DECISION} gates at once, none skipped", _AT_ONCE, skipped=0.0),
-    OwnCase(f"ours: int4 routed {_PER_DECISION} gates at once, 20 % skipped", _AT_ONCE, skipped=0.2),
-    OwnCase("ours: coarsely routed int4, none skipped", _COARSE, skipped=0.0),
-    OwnCase("ours: coarsely routed int4, 20 % skipped", _COARSE, skipped=0.2),
-    OwnCase("ours: int4, random routers skip 30 %", _AT_RANDOM),
+    OwnCase(DENSE_LARGE, _DENSE_LARGE, scored=True),
+    OwnCase("ours: routed int4, groups of 128, none skipped", _ROUTED, skipped=0.0),
+    OwnCase("ours: routed int4, groups of 128, 20 % skipped", _ROUTED, skipped=0.2),
+    OwnCase("ours: coarsely routed int4, groups of 128, none skipped", _COARSE, skipped=0.0),
+    OwnCase("ours: coarsely routed int4, groups of 128, 20 % skipped", _COARSE, skipped=0.2),
+    OwnCase("ours: int4, groups of 128, random routers skip 30 %", _AT_RANDOM),
 )
 """Routers are linear, one for so many blocks as `Source` says, or for twice as many; those at random one for each."""
 

@@ -8,7 +8,7 @@ from benchmarks.peers.rounds import Rounds
 
 
 def report(result: dict[str, Any]) -> str:
-    """Speeds, ratios to our dense export and to every peer, perplexity, and how they were taken.
+    """Speeds, ratios to our dense exports and to every peer, perplexity, and how they were taken.
 
     `result` is what JSON holds.
     """
@@ -17,13 +17,14 @@ def report(result: dict[str, Any]) -> str:
         "prefill": f"prefill of {counts['prompt']}, tokens/s",
         "prefill_long": f"prefill of {counts['long_prompt']}, tokens/s",
         "decode": f"decode after {counts['prompt']}, tokens/s",
-        "decode_context": f"decode after {counts['context']}, tokens/s",
+        **({"decode_context": f"decode after {counts['context']}, tokens/s"} if counts["context"] else {}),
         "resident_mib": "resident MiB",
         "resident_before_mib": "before loading",
     }
     lines = _table(columns, {figure: spread_of(rounds, figure) for figure in columns}, list(rounds), _plain)
     for figure in ("decode", "prefill", "prefill_long", "decode_context", "resident_mib"):
-        lines += _ratios(rounds, figure, columns[figure], result["peers"], result["baseline"])
+        if figure in columns:
+            lines += _ratios(rounds, figure, columns[figure], result["peers"], result["baselines"])
     if result["perplexity"]:
         lines += ["", "| case | perplexity |", "|---|---|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in result["perplexity"].items()]
@@ -35,8 +36,8 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ratios(rounds: Rounds, figure: str, title: str, peers: Sequence[str], baseline: str) -> list[str]:
-    others = [name for name in (baseline, *peers) if name in rounds and figure in rounds[name][0]]
+def _ratios(rounds: Rounds, figure: str, title: str, peers: Sequence[str], baselines: Sequence[str]) -> list[str]:
+    others = [name for name in (*baselines, *peers) if name in rounds and figure in rounds[name][0]]
     against = {other: ratios_to(rounds, figure, other) for other in others}
     names = [name for name in rounds if name not in peers and figure in rounds[name][0]]
     if not against or not names:

@@ -17,7 +17,7 @@ def result() -> dict[str, Any]:
     return {
         "rounds": {"ours: fast": [ours, ours | {"decode": 35.0}], "a peer": [NO_CONTEXT, NO_CONTEXT]},
         "tokens": {"prompt": 64, "long_prompt": 512, "context": 4096},
-        "baseline": "ours: dense",
+        "baselines": ["ours: dense", "ours: dense, larger groups"],
         "peers": ["a peer"],
         "perplexity": {"ours: fast": 17.254},
         "models": {"ours: fast": {"seconds": 61.4, "verifying_seconds": 30.0, "megabytes": 120.0}},
@@ -48,12 +48,22 @@ def test_report_tells_speeds_ratios_perplexity_and_notes(result: dict[str, Any])
     assert text.endswith("\n- A note.\n")
 
 
-def test_report_compares_with_our_dense_export_first(result: dict[str, Any]) -> None:
+def test_report_compares_with_our_dense_exports_first(result: dict[str, Any]) -> None:
     result["rounds"]["ours: dense"] = [NO_CONTEXT | {"decode": 20.0}] * 2
     decode = report(result).split("Decode after 64")[1]
     assert "| case | against ours: dense | against a peer |" in decode
+    result["rounds"]["ours: dense, larger groups"] = result["rounds"]["ours: fast"]
+    assert "| case | against ours: dense | against ours: dense, larger groups | against a peer |" in report(result)
     assert _rows(decode, "ours: fast")[0] == ["1.50 x (1.38 to 1.62)", "3.00 x (2.75 to 3.25)"]
     assert _rows(decode, "ours: dense")[0] == ["1.00 x (1.00 to 1.00)", "2.00 x (2.00 to 2.00)"]
+
+
+def test_report_without_a_context_has_no_column_for_it(result: dict[str, Any]) -> None:
+    result["tokens"]["context"] = 0
+    result["rounds"]["ours: fast"] = [NO_CONTEXT] * 2
+    text = report(result)
+    assert "decode after 0" not in text and "Decode after 0" not in text
+    assert [len(row) for row in _rows(text, "a peer")] == [5]
 
 
 def test_report_of_random_weights_has_no_perplexity(result: dict[str, Any]) -> None:
