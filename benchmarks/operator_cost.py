@@ -13,6 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -72,7 +73,8 @@ def main() -> None:
 def measure(own: OwnCase, model_file: Path, prompt_tokens: int, new_tokens: int, threads: int) -> dict[str, Any]:
     """Milliseconds of a plain decode step, and of each kind of operator in a profiled one: medians over the steps."""
     count = RoutedSession(model_file).num_thresholds if own.skipped is not None else 0
-    with huge_pages():
+    pages = huge_pages if own.huge_pages else nullcontext
+    with pages():
         session = RoutedSession(
             model_file, thresholds=own.thresholds(count), num_threads=threads, providers=["CPUExecutionProvider"]
         )
@@ -83,7 +85,7 @@ def measure(own: OwnCase, model_file: Path, prompt_tokens: int, new_tokens: int,
         options.log_severity_level, options.enable_mem_pattern = 3, False  # as in `LoadedModel`
         options.intra_op_num_threads = threads
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        with huge_pages():
+        with pages():
             profiled = ort.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
             session.model.session = profiled
             decode(session, prompt_tokens, 1)

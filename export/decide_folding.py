@@ -62,7 +62,8 @@ class DecidedFolding:
 def decide_folding(foldable: Foldable, asked: Folding, build: Build, folder: Path) -> DecidedFolding:
     """Fold, besides the gates asked for, those that are constant on the texts, and those that skip too rarely.
 
-    `build` lowers to ONNX; the models that are measured lie in `folder` for as long as that takes. What pays is
+    Where gates are decided at once, each is charged its share of the decision, though folding it alone saves its `If`
+    only. `build` lowers to ONNX; the models that are measured lie in `folder` for as long as that takes. What pays is
     judged for decoding one row, where a token alone decides on a block. The rates are those of a model in which only
     the gates asked for are folded.
 

@@ -162,7 +162,7 @@ class ExportConfig:
 
     @property
     def nearest_rounding(self) -> WeightRounding | None:
-        """How those are rounded that are only looked up, which no size of groups makes faster."""
+        """How those are rounded that a text says nothing about: what is only looked up, which no size makes faster."""
         return self._sized(INTEGER_WEIGHTS.get(self.weights))
 
     def _sized(self, rounding: WeightRounding | None) -> WeightRounding | None:

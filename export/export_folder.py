@@ -120,7 +120,9 @@ def export_folder(
 
     Raises:
         ArtifactError, CheckpointError: `source` can't be read.
-        ConfigError: `config` folds layers that have no gates.
+        ConfigError: `config` folds layers that have no gates, or rounds for a text what is quantized already.
+        DataError: weights are to be rounded for a text, and there is no tokenizer, or one of another model.
+        UnsupportedModelError: weights are to be rounded, and are look-up tables in part, or too large for float16.
         VerificationError: ONNX Runtime does not compute what PyTorch does, or no input can show that it does.
         OutputError: `output` can't be written, is not ours to replace, or is or holds `source`.
     """

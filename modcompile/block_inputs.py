@@ -31,10 +31,13 @@ class BlockInputs:
         `sequences` are as `tokenize_and_pack` makes them.
         """
         calls = block_calls(gm.graph)
-        shared = list(dict.fromkeys(node for call in calls for node in _arguments(call)[1:]))
         nodes = list(gm.graph.nodes)
         inputs = list(gm.graph.find_nodes(op="placeholder"))
         before = [node for node in nodes[: nodes.index(calls[0])] if node not in inputs]
+        shared = list(dict.fromkeys(node for call in calls for node in _arguments(call)[1:]))
+        # Gemma makes the weight of its last norm there, too: 1 more than the parameter.
+        heads = gm.graph.find_nodes(op="call_module", target="epilogue")
+        shared += [node for head in heads for node in _arguments(head)[1:] if node in before and node not in shared]
         prologue = extract_subgraph(gm, before, inputs, [_arguments(calls[0])[0], *shared])
         self._hidden: list[torch.Tensor] = []
         self._shared: list[dict[fx.Node, torch.Tensor]] = []
@@ -45,8 +48,8 @@ class BlockInputs:
                 self._shared.append(dict(zip(shared, rest, strict=True)))
 
     def suit(self, call: fx.Node) -> bool:
-        """Whether what a call takes, such as that of a head, is what blocks are called with."""
-        return len(call.all_input_nodes) == len(call.args) and set(_arguments(call)[1:]) <= set(self._shared[0])
+        """Whether a call, such as that of a head, takes besides a hidden state only what is known before the blocks."""
+        return len(_arguments(call)) == len(call.args) and set(_arguments(call)[1:]) <= set(self._shared[0])
 
     def hessians(
         self, call: fx.Node, block: fx.GraphModule, uses: Sequence[LinearUse], *, seed: int = 0

@@ -96,7 +96,7 @@ def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 def pack(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
     """uint8 codes `[…, n]` → bytes `[…, n * num_bits / 8]`, the first code in the lowest bits."""
     parts = codes.unflatten(-1, (-1, 8 // num_bits)).unbind(-1)
-    packed: torch.Tensor = parts[0].clone()
+    packed: torch.Tensor = parts[0].clone(memory_format=torch.contiguous_format)
     for index, part in enumerate(parts[1:], 1):
         packed.bitwise_or_(part << index * num_bits)
     return packed

@@ -4,6 +4,7 @@
 what passes return, the next pass reads the graph alone, so that this was a quarter of the time of an export.
 """
 
+import copy
 from typing import Any
 
 from torch import fx
@@ -17,10 +18,14 @@ class LazyGraphModule(fx.GraphModule):
         if "forward" in vars(type(self)):  # Every GraphModule has a class of its own, which holds its code.
             del type(self).forward
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile, and run what has taken the place of this."""
         self._compile_once()
-        return type(self).forward(self, *args)
+        return type(self).forward(self, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """As a plain GraphModule, which is pickled by its code."""
+        return copy.copy(self).__reduce__()
 
     @property
     def code(self) -> str:

@@ -14,8 +14,7 @@ After::
     then_branch:  what block was: masked_block, or a group of these
     else_branch:  hidden, key, value = skip(hidden, …)                            # skip_block, or a group of these
 
-The result is the form for inference: no gradient reaches
-parameters inside the branches of a `torch.cond`.
+The result is the form for inference: no gradient reaches parameters inside the branches of a `torch.cond`.
 """
 
 import torch

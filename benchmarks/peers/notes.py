@@ -19,7 +19,8 @@ float16), with its flash attention, which it takes by default, and without. It c
 a prompt. Q4_0 has all matrices at 4 bits, embeddings and head as well.
 transformers: eager, its default attention, the logits of the last token of a prompt.
 Soft gates: eager; every gate is computed, every block run and mixed by its gate; the logits of all tokens.
-Ours: groups of 32, rounded to nearest; groups of 128 by GPTQ, or to nearest where weights are random.
+Ours: groups of 32, rounded to nearest; groups of 128 by GPTQ, without zero points, or to nearest
+where weights are random.
 Routed: linear routers, a gate for 3 blocks (6 where it is coarse) of SmolLM2, for 1 (2) of a larger model; five gates
 are decided at once.
 Skipped blocks are the same for every token, forced by thresholds: what that saves, not what routers would choose.

@@ -83,11 +83,11 @@ _LARGE = f"{_REWRITE} {{large_groups}}"
 _ROUTE = f"{_LARGE} --gates_per_decision {_GATES_PER_DECISION} --blocks_per_gate"
 _DENSE = Export("dense int4", (f"{_REWRITE} --always_active all",))
 _DENSE_LARGE = Export("dense int4 in groups of 128", (f"{_LARGE} --always_active all",))
-_ROUTED = Export("routed int4", (f"{_ROUTE} {{blocks_per_gate}}",))
-_COARSE = Export("coarsely routed int4", (f"{_ROUTE} {{coarse_blocks_per_gate}}",))
+_ROUTED = Export("routed int4 in groups of 128", (f"{_ROUTE} {{blocks_per_gate}}",))
+_COARSE = Export("coarsely routed int4 in groups of 128", (f"{_ROUTE} {{coarse_blocks_per_gate}}",))
 _RANDOM = "benchmarks.peers.random_routers {source} --model {model} --output_dir {work} --skipped 0.3"
-_EXPORT = "modcompile.export {work} --verify none --weights int4 --group_size 128 --fold_gates none"
-_AT_RANDOM = Export("random routers", (_RANDOM, _EXPORT))
+_EXPORT = "modcompile.export {work} --verify none --weights int4 {large_groups} --fold_gates none"
+_AT_RANDOM = Export("random routers in groups of 128", (_RANDOM, _EXPORT))
 DENSE, DENSE_LARGE = "ours: dense int4", "ours: dense int4, groups of 128"
 """The cases that others of ours are compared with: the routed ones with the second, whose weights they have."""
 OWN_CASES = (

@@ -10,6 +10,7 @@ from modcompile.passes.find_linears import find_linears
 from modcompile.passes.outlined_form import block_calls
 from modcompile.routed_graph import trace_outlined
 from tests.tiny_graphs import shared_model
+from tests.wide_models import wide_model
 
 
 def _sequences(text: Dataset) -> list[torch.Tensor]:
@@ -121,7 +122,9 @@ def test_a_token_weighs_what_it_counts_in_the_output_on_average(random_text: Dat
     assert float((mean - expected).norm() / expected.norm()) < 0.05
 
 
-def test_a_head_suits_that_takes_what_blocks_do(model: PreTrainedModel, random_text: Dataset) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_a_head_suits_that_takes_what_is_known_before_the_blocks(architecture: str, random_text: Dataset) -> None:
+    model = wide_model(architecture)
     gm = trace_outlined(model, use_cache=False)
     (head,) = gm.graph.find_nodes(op="call_module", target="epilogue")
     inputs = BlockInputs(gm, random_text)

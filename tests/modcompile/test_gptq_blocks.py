@@ -16,7 +16,9 @@ from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_config import QuantizationConfig
 from modcompile.quantization import quantize
 from modcompile.routed_graph import trace_outlined
-from tests.tiny_models import rotated_model
+from tests.tiny_graphs import shared_model
+from tests.tiny_models import ARCHITECTURES, rotated_model
+from tests.wide_models import wide_model
 
 _UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -43,8 +45,11 @@ def test_a_block_is_rounded_for_what_the_ones_before_it_compute_at_the_lowest_pr
     assert float((weights[_UP].dequantize(2) == alone.dequantize(32)).float().mean()) > 0.99
 
 
-def test_the_head_is_rounded_for_what_the_rounded_blocks_compute(model: PreTrainedModel, random_text: Dataset) -> None:
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma3"])
+def test_the_head_is_rounded_for_what_the_rounded_blocks_compute(architecture: str, random_text: Dataset) -> None:
     """On demand, and the blocks are rounded as without it."""
+    # The weight of Gemma's last norm is made before the blocks.
+    model = wide_model(architecture) if architecture == "gemma3" else shared_model(architecture)
     config = QuantizationConfig(precisions=[4], group_size=32)
     blocks = quantize_blocks(model, config, random_text)
     weights = quantize_blocks(model, config, random_text, with_head=True)

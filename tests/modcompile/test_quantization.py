@@ -115,7 +115,16 @@ def test_packed_codes_come_back(seed: int, bits: int) -> None:
     assert torch.equal(unpack(packed, bits), codes)
 
 
+def test_packed_codes_lie_in_one_piece() -> None:
+    codes = torch.arange(5 * 4 * 32).remainder(16).to(torch.uint8).reshape(4 * 32, 5).T.reshape(5, 4, 32)
+    assert not codes.is_contiguous()
+    packed = pack(codes, 4)
+    assert packed.is_contiguous()
+    assert torch.equal(unpack(packed, 4), codes)
+
+
 def test_the_first_code_lies_in_the_lowest_bits() -> None:
     assert pack(torch.tensor([1, 2], dtype=torch.uint8), 4).tolist() == [0x21]
+    assert pack(torch.tensor([[1, 3], [2, 4]], dtype=torch.uint8).T, 4).tolist() == [[0x21], [0x43]]
     assert pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 2).tolist() == [0b00111001]
     assert pack(torch.tensor([200], dtype=torch.uint8), 8).tolist() == [200]

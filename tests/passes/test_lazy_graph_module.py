@@ -1,5 +1,6 @@
 import copy
 import operator
+import pickle
 
 import torch
 from torch import fx
@@ -60,6 +61,20 @@ def test_a_forward_that_was_taken_before_the_first_call_can_be_called_again_and_
     x = torch.ones(3)
     for _ in range(2):
         assert torch.equal(forward(x)[0], 2 * x)
+
+
+def test_comes_back_from_a_pickle() -> None:
+    gm = _calling(LazyGraphModule({}, _double()))
+    x = torch.ones(3)
+    for _ in range(2):
+        assert torch.equal(pickle.loads(pickle.dumps(gm))(x)[0], 2 * x)
+        assert torch.equal(gm(x)[0], 2 * x)
+
+
+def test_takes_keywords_from_the_first_call_on() -> None:
+    gm, x = LazyGraphModule({}, _double()), torch.ones(3)
+    for _ in range(2):
+        assert torch.equal(gm(x=x)[0], 2 * x)
 
 
 def test_a_copy_stands_for_itself() -> None:
