@@ -13,6 +13,7 @@ _BAD_INPUT = 2
 _NOT_VERIFIED = 1
 _INTERRUPTED = 130  # what shells make of SIGINT
 _BROKEN_PIPE = 141  # and of SIGPIPE
+_NEW_OBJECTS = 100_000  # from how many on they are searched for garbage
 
 
 def run(main: Callable[[], None]) -> int:
@@ -22,8 +23,13 @@ def run(main: Callable[[], None]) -> int:
     a reader that went away ends in none. Any other exception passes: it is a bug, and its traceback is wanted.
     """
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # What the libraries have made stays till the end; to search it for garbage again and again takes seconds.
-    gc.freeze()
+    # What the libraries have made stays till the end; to search it for garbage again and again takes seconds, and so
+    # does searching the graphs that passes make whenever there are 700 new objects. A process that runs several
+    # commands does it once: what is frozen is never freed.
+    if not gc.get_freeze_count():
+        gc.freeze()
+    threshold = gc.get_threshold()
+    gc.set_threshold(_NEW_OBJECTS, *threshold[1:])
     try:
         main()
         sys.stdout.flush()
@@ -44,6 +50,7 @@ def run(main: Callable[[], None]) -> int:
         _complain(f"error: {reason} ({error}); make room, or choose another --output_dir")
         return _BAD_INPUT
     finally:
+        gc.set_threshold(*threshold)
         signal.signal(signal.SIGTERM, terminate)
     return 0
 

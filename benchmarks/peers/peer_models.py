@@ -16,16 +16,16 @@ from benchmarks.peers.child_python import run_module
 from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.source import Source
 
-_BUILDER = ("int4_accuracy_level=4", "hf_token=false")
+_BUILDER = ("accuracy_level=4", "hf_token=false")
 _LAST_LOGITS = "prune_lm_head=true"
 _GENAI_BUILDS = {
-    "onnxruntime-genai int4": ("int4_block_size=32",),
+    "onnxruntime-genai int4": ("block_size=32",),
     "onnxruntime-genai int4, fused gate and up, last logits": (
-        "int4_block_size=32",
+        "block_size=32",
         "fuse_mlp_gate_up=true",
         _LAST_LOGITS,
     ),
-    "onnxruntime-genai int4, groups of 128": ("int4_block_size=128",),
+    "onnxruntime-genai int4, groups of 128": ("block_size=128",),
 }
 """As its builder makes it; with the options of the builder that make it faster, on the same weights; and coarser."""
 _VERSION = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
