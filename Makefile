@@ -53,6 +53,7 @@ bench: venv ## Measure what routing and precisions cost and gain, and our speed 
 	$(BIN)/python -m benchmarks.precision_cost
 	$(BIN)/python -m benchmarks.precision_cost --random tinyllama-1.1b --rounds 4 --repeats 2 --new_tokens 16
 	$(BIN)/python -m benchmarks.training_cost
+	$(BIN)/python -m benchmarks.operator_cost
 	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --rounds 4
 	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --model tinyllama-1.1b --rounds 3 --repeats 1 --new_tokens 24 \
 		--context_tokens 0
