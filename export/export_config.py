@@ -45,7 +45,12 @@ FOR_A_TEXT = {
     "int8": WeightRounding(8, group_size=64, symmetric=True),
     "int4": WeightRounding(4, group_size=128, symmetric=True),
 }
-"""The same with a `rounding` of gptq, for what is multiplied by."""
+"""The same with a `rounding` of gptq, for what is multiplied by.
+
+Perplexity of SmolLM2-135M-Instruct on 32 windows of 512 tokens, activations not rounded, int4, dense 17.11: blocks in
+groups of 128, symmetric 18.65, with zero points 18.77 (the head with zero points in both); with the head rounded to
+nearest in groups of 32 instead 19.78 and 20.01.
+"""
 
 
 @dataclass(frozen=True)
