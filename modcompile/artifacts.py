@@ -3,7 +3,7 @@
 ::
 
     config.json, generation_config.json, tokenizer files, model.safetensors   the untouched base
-    routers.safetensors       parameters of the routers, `routers.{layer}.{name}`
+    routers.safetensors       parameters of routers and adapters, `routers.{layer}.{name}`, `adapters.{layer}.{name}`
     router_config.json        which layers are routed, by what, how trained; the format's version
     report.json               what was done and measured
     training_history.png      losses and the active ratio over the steps of a training
@@ -158,28 +158,35 @@ def update_report(folder: Path, key: str, data: Mapping[str, Any]) -> None:
 
 def save_routers(model: RoutedForCausalLM, folder: Path) -> None:
     """Write `routers.safetensors` and `router_config.json` into a folder that exists."""
-    save_depth_routers(model.routers, model.router_config, folder)
+    save_depth_routers(model.routers, model.router_config, folder, model.adapters)
 
 
-def save_depth_routers(routers: Mapping[int, nn.Module], config: RouterConfig, folder: Path) -> None:
-    """The same of routers, by their layers; each file is written or replaced in one step."""
-    replace_file(folder / ROUTERS, lambda staging: save_router_weights(routers, staging))
+def save_depth_routers(
+    routers: Mapping[int, nn.Module],
+    config: RouterConfig,
+    folder: Path,
+    adapters: Mapping[int, nn.Module] | None = None,
+) -> None:
+    """The same of routers and adapters, by their layers; each file is written or replaced in one step."""
+    replace_file(folder / ROUTERS, lambda staging: save_router_weights(routers, staging, adapters=adapters))
     write_json(folder / ROUTER_CONFIG, versioned(FORMAT_VERSION, {"routers": asdict(config)}))
 
 
 def load_routers(model: RoutedForCausalLM, folder: Path) -> None:
-    """Fill the model's routers from `routers.safetensors`.
+    """Fill the model's routers and adapters from `routers.safetensors`.
 
     Raises:
         ArtifactError: the file is missing or damaged, or holds the routers of another model.
     """
-    load_depth_routers(model.routers, folder)
+    load_depth_routers(model.routers, folder, model.adapters)
 
 
-def load_depth_routers(routers: Mapping[int, nn.Module], folder: Path) -> None:
-    """Fill routers, by their layers, from `routers.safetensors`.
+def load_depth_routers(
+    routers: Mapping[int, nn.Module], folder: Path, adapters: Mapping[int, nn.Module] | None = None
+) -> None:
+    """Fill routers and adapters, by their layers, from `routers.safetensors`.
 
     Raises:
         ArtifactError: the file is missing or damaged, or holds the routers of another model.
     """
-    load_router_weights(routers, folder / ROUTERS, again=_AGAIN)
+    load_router_weights(routers, folder / ROUTERS, adapters=adapters, again=_AGAIN)

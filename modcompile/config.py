@@ -7,6 +7,7 @@ from typing import Literal
 from modcompile.errors import ConfigError
 
 GateKind = Literal["soft", "straight_through"]
+SkipAdapterKind = Literal["none", "scale", "low_rank"]
 
 INIT_BIAS: dict[str, float] = {"soft": 4.0, "straight_through": 0.2}
 """Where a router's logits start, by kind of gate, unless `router_init_bias` says otherwise.
@@ -78,6 +79,14 @@ class RouterConfig:
             "help": "Where router logits start; positive is open. By default 4.0 for soft, 0.2 for straight_through."
         },
     )
+    skip_adapter: SkipAdapterKind = field(
+        default="none",
+        metadata={
+            "help": "What a token goes through in the place of a block that it skips. none: nothing. scale: a factor "
+            "and a shift for each feature. low_rank: hidden + up(down(hidden)). It is trained with the routers."
+        },
+    )
+    adapter_rank: int = field(default=16, metadata={"help": "Numbers between down and up in an adapter of low rank."})
 
     def __post_init__(self) -> None:
         check("router_hidden_size", self.router_hidden_size, at_least=0)
@@ -88,7 +97,9 @@ class RouterConfig:
         check("lock_first_layers", self.lock_first_layers, at_least=0)
         check("lock_last_layers", self.lock_last_layers, at_least=0)
         check_choice("router_pattern", self.router_pattern, ("all", "every_other"))
+        check("adapter_rank", self.adapter_rank, at_least=1)
         check_choice("gate", self.gate, tuple(INIT_BIAS))
+        check_choice("skip_adapter", self.skip_adapter, ("none", "scale", "low_rank"))
         if self.blocks_per_gate > 1 and self.router_pattern == "every_other":
             raise ConfigError(
                 f"--blocks_per_gate {self.blocks_per_gate} is for consecutive layers, and --router_pattern every_other "
@@ -156,6 +167,30 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         check("router_lambda", self.router_lambda, at_least=0)
         check("target_active_ratio", self.target_active_ratio, at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What depth gates are trained for besides their budget.
+
+    Raises:
+        ConfigError: an option is outside of its range, or there is nothing to learn from.
+    """
+
+    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the LM loss, where no precisions are trained."})
+    distill_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the KL divergence from the dense model's predictions to those of the routed model, in "
+            "nats a token. Above 0, a step has one more forward pass, of the dense model."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check("lm_weight", self.lm_weight, at_least=0)
+        check("distill_weight", self.distill_weight, at_least=0)
+        if not self.lm_weight and not self.distill_weight:
+            raise ConfigError("--lm_weight and --distill_weight are both 0: there is nothing left to learn from")
 
 
 def check_threshold(value: float) -> float:

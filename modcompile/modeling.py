@@ -20,6 +20,7 @@ from modcompile.layer_ranges import name_of
 from modcompile.passes import harden_gates, lower_gates
 from modcompile.passes.outlined_form import gated_layers
 from modcompile.passes.retarget_device import retarget_device
+from modcompile.passes.skip_path import skip_of
 from modcompile.usage import RoutingUsage
 
 
@@ -80,9 +81,20 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             layers.start: self.graph.get_submodule(f"blocks.{name_of(layers)}.router") for layers in self.gated_layers
         }
 
+    @property
+    def adapters(self) -> dict[int, nn.Module]:
+        """What tokens that skip a layer go through, by its index; empty where that is nothing."""
+        skips: dict[int, nn.Module | None] = {}
+        for layers in self.gated_layers:
+            mixed = self.graph.get_submodule(f"blocks.{name_of(layers)}.block")
+            members = [mixed] if len(layers) == 1 else [mixed.get_submodule(str(index)) for index in range(len(layers))]
+            skips |= dict(zip(layers, map(skip_of, members), strict=True))
+        return {layer: skip for layer, skip in skips.items() if skip is not None}
+
     def router_parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
-        return [parameter for router in self.routers.values() for parameter in router.parameters()]
+        """What is trained: routers and adapters."""
+        modules = [*self.routers.values(), *self.adapters.values()]
+        return [parameter for module in modules for parameter in module.parameters()]
 
     @property
     def takes_cache(self) -> bool:

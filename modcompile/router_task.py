@@ -26,5 +26,8 @@ class RouterTask:
     """Fills the routers from such a folder."""
     description: str
     """One line: what is trained, and how small it is."""
+    dense_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """From `input_ids` and `attention_mask`, `[B, T]`, to the dense model's logits `[B, T, V]`; an objective that
+    distills needs it."""
     chosen_bits: Callable[[Any], Sequence[torch.Tensor]] | None = None
     """From an output of `evaluated` to the bits of every block, int64 `[B, T]`; None where they have no choice."""

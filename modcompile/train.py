@@ -1,6 +1,7 @@
 """python -m modcompile.train: train the routers of a folder, or of a model that is rewritten or quantized first.
 
-Depth gates: loss = LM loss + router_lambda * max(active_ratio - target_active_ratio, 0). Precisions, of a quantized
+Depth gates: loss = lm_weight * LM loss + distill_weight * KL(dense, routed)
++ router_lambda * max(active_ratio - target_active_ratio, 0). Precisions, of a quantized
 folder or with --precisions: loss = ce_weight * LM loss + precision_weight * max(average_bits - avg_bits_target, 0) /
 (the most bits), and the term of the depth gates where there are some. The base stays frozen.
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import named_flags, parse_flags
@@ -39,6 +40,7 @@ _CONFIGS = (
     _Model,
     RouterConfig,
     BudgetConfig,
+    LossConfig,
     PrecisionFlags,
     RoundingConfig,
     PrecisionBudgetConfig,
@@ -49,11 +51,13 @@ _CONFIGS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the output folder, and train in it."""
-    model, router, budget, precision, rounding, bits, data, training = parse_flags(
+    model, router, budget, loss, precision, rounding, bits, data, training = parse_flags(
         "modcompile.train", __doc__, None, _CONFIGS, argv
     )
     given = model.model_name_or_path
     if precision.precisions is not None or holds_precisions(Path(given)):
+        if loss != LossConfig():
+            raise ConfigError("--lm_weight and --distill_weight are for depth gates alone; see --ce_weight")
         named = named_flags(_CONFIGS, argv)
         output = train_precisions(given, precision, rounding, bits, router, budget, data, training, named)
     else:
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(
                 f"{given} is not quantized, so there is no precision to choose; give --precisions to quantize it"
             )
-        output = train_depth(given, router, budget, data, training)
+        output = train_depth(given, router, budget, loss, data, training)
     print(f"wrote {output}")
 
 

@@ -9,7 +9,7 @@ from modcompile.artifacts import is_routed_folder, read_router_config
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
-from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.errors import ConfigError
@@ -19,7 +19,12 @@ from modcompile.training_arguments import RouterTrainingArguments
 
 
 def train_depth(
-    model: str, router: RouterConfig, budget: BudgetConfig, data: DataConfig, training: RouterTrainingArguments
+    model: str,
+    router: RouterConfig,
+    budget: BudgetConfig,
+    loss: LossConfig,
+    data: DataConfig,
+    training: RouterTrainingArguments,
 ) -> Path:
     """Train the gates of a routed folder, or of a model that is rewritten first; return the folder.
 
@@ -49,7 +54,7 @@ def train_depth(
         base = load_base(source)
         set_seed(training.seed)
         write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
-    train_routers(folder, output, blocks, DepthTraining(budget), training)
+    train_routers(folder, output, blocks, DepthTraining(budget, loss), training)
     return output
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from modcompile.distillation import summed_divergence
 from modcompile.errors import ConfigError
+from modcompile.objective import DISTILL_LOSS, LM_LOSS
 from modcompile.precision_usage import PrecisionUsage
 from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
@@ -31,8 +33,9 @@ class RouterTrainer(Trainer):
         super().__init__(model=task.model, **kwargs)
         self._task = task
         names = [name for budget in task.objective.budgets for name in (budget.name, budget.penalty_name)]
-        self._training = RoutingTotals(names)
-        self._evaluation = RoutingTotals(names)
+        losses = list(task.objective.weights)
+        self._training = RoutingTotals(losses, names)
+        self._evaluation = RoutingTotals(losses, names)
         self.choices = PrecisionUsage()
         self._tokens_of_update = torch.ones(())
 
@@ -58,28 +61,38 @@ class RouterTrainer(Trainer):
         """The loss of a batch; in training, its part of the loss of an update of `num_items_in_batch` predictions."""
         called = model if model.training else self._task.evaluated
         output = called(**inputs, num_items_in_batch=1)
-        summed_loss, predicted, tokens = output.loss, _is_predicted(inputs["labels"]).sum(), output.tokens.sum()
+        is_predicted, tokens = _is_predicted(inputs["labels"]), output.tokens.sum()
+        predicted = is_predicted.sum()
+        summed = {LM_LOSS: output.loss}
+        if self._task.objective.distill_weight:
+            summed[DISTILL_LOSS] = self._divergence(output.logits, inputs, is_predicted)
+        weights = self._task.objective.weights
+        summed_loss = torch.stack([weight * summed[name] for name, weight in weights.items()]).sum()
         charged = torch.zeros_like(summed_loss)
-        summed: dict[str, torch.Tensor] = {}
         for budget in self._task.objective.budgets:
             spent = budget.spent(output)
             penalty = budget.penalty(spent / tokens)
             charged = charged + budget.weight * penalty
             summed |= {budget.name: spent, budget.penalty_name: penalty * tokens}
         totals = self._training if model.training else self._evaluation
-        totals.add(summed_loss, predicted, tokens, summed)
+        totals.add(predicted, tokens, summed)
         if not model.training and self._task.chosen_bits is not None:
             self.choices.update(self._task.chosen_bits(output), output.tokens)
-        lm_weight = self._task.objective.lm_weight
         if model.training and num_items_in_batch is not None:
             share = tokens / self._tokens_of_update
-            loss = lm_weight * summed_loss / num_items_in_batch + charged * share
+            loss = summed_loss / num_items_in_batch + charged * share
         else:
-            loss = lm_weight * summed_loss / predicted + charged
+            loss = summed_loss / predicted + charged
         return (loss, output) if return_outputs else loss
 
+    def _divergence(self, logits: torch.Tensor, inputs: dict[str, Any], is_predicted: torch.Tensor) -> torch.Tensor:
+        assert self._task.dense_logits is not None
+        with self.accelerator.autocast():
+            dense = self._task.dense_logits(inputs["input_ids"], inputs["attention_mask"])
+        return summed_divergence(logits, dense, is_predicted)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means since the last line: LM loss, and what each budget limits and charges."""
+        """Add the means since the last line: of each loss, and what each budget limits and charges."""
         if "loss" in logs:
             logs |= self._training.take()
         super().log(logs, *args, **kwargs)
@@ -90,11 +103,11 @@ class RouterTrainer(Trainer):
         self.choices = PrecisionUsage()
         output = super().evaluation_loop(*args, **kwargs)
         means = self._evaluation.take()
-        means["loss"] = self._task.objective.lm_weight * means["lm_loss"]
+        means["loss"] = sum(weight * means[name] for name, weight in self._task.objective.weights.items())
         for budget in self._task.objective.budgets:
             means[budget.penalty_name] = float(budget.penalty(torch.tensor(means[budget.name])))
             means["loss"] += budget.weight * means[budget.penalty_name]
-        means["perplexity"] = math.exp(min(means["lm_loss"], _LARGEST_EXPONENT))
+        means["perplexity"] = math.exp(min(means[LM_LOSS], _LARGEST_EXPONENT))
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = dict(output.metrics or {}) | {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics=metrics)

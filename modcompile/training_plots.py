@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from modcompile.choices_plot import draw_choices
-from modcompile.objective import Budget
+from modcompile.objective import DISTILL_LOSS, LM_LOSS, Budget
 from modcompile.png_files import write_png
 
 HISTORY_PLOT = "training_history.png"
@@ -35,12 +35,14 @@ def plot_training(
 
 
 def draw_history(history: Sequence[Mapping[str, Any]], budgets: Sequence[Budget]) -> Figure:
-    """LM loss and what each budget limits, over the steps, from the log history of the HF Trainer.
+    """Losses and what each budget limits, over the steps, from the log history of the HF Trainer.
 
     Training is a line, each of whose points is the mean since the one before; evaluations are points. What is infinite
     or not a number is left out.
     """
-    labels = {"lm_loss": "LM loss"} | {budget.name: budget.name.replace("_", " ") for budget in budgets}
+    distills = any(DISTILL_LOSS in line for line in history)
+    losses = {LM_LOSS: "LM loss"} | ({DISTILL_LOSS: "KL to the dense model"} if distills else {})
+    labels = losses | {budget.name: budget.name.replace("_", " ") for budget in budgets}
     figure = Figure(figsize=(7, 2.5 * len(labels)), dpi=_DPI, layout="constrained")
     panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
@@ -48,7 +50,7 @@ def draw_history(history: Sequence[Mapping[str, Any]], budgets: Sequence[Budget]
         _draw_series(axes, history, f"eval_{name}", "o", "evaluation")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    for axes, budget in zip(panels[1:], budgets, strict=True):
+    for axes, budget in zip(panels[len(losses) :], budgets, strict=True):
         if budget.target:
             axes.axhline(budget.target, color="gray", linestyle="--", label="target")
     for axes in panels:

@@ -2,7 +2,7 @@
 
 Before, where `block` is what `masked_block` has masked::
 
-    y, key, value = block(hidden, …);  hidden = where(is_open, y, hidden)
+    y, key, value = block(hidden, …);  hidden = where(is_open, y, skip(hidden))
 
         block:  …  x, key, value = Attention(…);  h = hidden + linear(x, w);  y = h + mlp(norm(h))
 
@@ -12,7 +12,7 @@ After::
     places = open_tokens(is_open)                                         # [B, T, 1] → [M, 2]
     h, x = gather_open(hidden, places), gather_open(x, places)            # [B, T, …] → [M, …]
     h = h + linear(x, w);  y = h + mlp(norm(h))
-    hidden = scatter_open(hidden, places, y)
+    hidden = scatter_open(skip(hidden), places, y)
 
 In a long prompt nearly every layer has some token that needs it, so skipping layers alone saves nothing there.
 
@@ -38,6 +38,7 @@ from modcompile.passes.nested_graphs import map_graphs
 from modcompile.passes.open_tokens import GATHER_OPEN, OPEN_TOKENS, SCATTER_OPEN
 from modcompile.passes.outlined_form import inner_block
 from modcompile.passes.quantized_ops import MATMUL_NBITS
+from modcompile.passes.skip_path import call_skip, skip_child, skip_of
 from modcompile.passes.token_wise import SPLITS, late_nodes
 
 
@@ -92,12 +93,13 @@ def _compact(masked: fx.GraphModule) -> fx.GraphModule:
         env[node].meta = _of_rows(node)
         if is_call(node, *SPLITS):
             env[node].args = (*env[node].args[:2], -1)
-    hidden_after = graph.call_function(SCATTER_OPEN, (hidden, places, env[executed]))
+    skip = skip_of(masked)
+    hidden_after = graph.call_function(SCATTER_OPEN, (call_skip(graph, hidden, skip), places, env[executed]))
     hidden_after.meta = dict(hidden.meta)
     graph.output((hidden_after, *(env[value] for value in cache)))
     graph.lint()
-    held = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-    return LazyGraphModule({name: get_attribute(block, name) for name in held}, graph)
+    held = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")} - {*skip_child(skip)}
+    return LazyGraphModule({name: get_attribute(block, name) for name in held} | skip_child(skip), graph)
 
 
 def _of_rows(node: fx.Node) -> dict[str, Any]:

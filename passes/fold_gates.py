@@ -36,6 +36,7 @@ from modcompile.passes.outlined_form import (
     routed_calls,
 )
 from modcompile.passes.skip_block import skip_block
+from modcompile.passes.skip_path import skip_of
 
 _NUM_GATE_INPUTS = 3  # router_input, least_score and token_mask, behind what the block takes
 
@@ -61,7 +62,7 @@ def fold_gates(gm: fx.GraphModule, executed: Collection[range], skipped: Collect
         layers = layers_called(call)
         if layers in folded:
             block = modules.pop(str(call.target)).get_submodule("block")
-            modules |= _inline(call, block, _executed if layers in executed else skip_block)
+            modules |= _inline(call, block, inner_block if layers in executed else _skipped)
         else:
             _, least_score, _ = call.args[-_NUM_GATE_INPUTS:]
             assert isinstance(least_score, fx.Node)
@@ -77,14 +78,14 @@ def fold_gates(gm: fx.GraphModule, executed: Collection[range], skipped: Collect
     return LazyGraphModule(modules, graph)
 
 
-def _executed(block: fx.GraphModule) -> fx.GraphModule:
-    return block
+def _skipped(masked: fx.GraphModule) -> fx.GraphModule:
+    return skip_block(inner_block(masked), skip_of(masked))
 
 
 def _inline(
     call: fx.Node, block: fx.GraphModule, rewrite: Callable[[fx.GraphModule], fx.GraphModule]
 ) -> dict[str, nn.Module]:
-    """Replace the call by one of each rewritten block, in place, and return these, by name."""
+    """Replace the call by one of each rewritten masked block, in place, and return these, by name."""
     graph, first = call.graph, layers_called(call).start
     inputs = call.args[:-_NUM_GATE_INPUTS]
     old = results(call)[:-1]
@@ -92,7 +93,7 @@ def _inline(
 
     def insert(member: fx.GraphModule, args: tuple[Any, ...], count: int) -> list[fx.Node]:
         name = f"blocks.{first + len(blocks)}"
-        blocks[name] = rewrite(inner_block(member))
+        blocks[name] = rewrite(member)
         values = getitems(graph.call_module(name, args), count)
         values[0].meta = dict(old[0].meta)
         return values

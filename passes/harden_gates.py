@@ -34,6 +34,7 @@ from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.map_blocks import map_blocks
 from modcompile.passes.masked_block import masked_block
 from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, inner_block, routed_calls
+from modcompile.passes.skip_path import skip_of
 from modcompile.passes.token_mask import token_mask_of
 
 
@@ -121,7 +122,7 @@ def _harden_block(soft: fx.GraphModule, score: nn.Module) -> fx.GraphModule:
     eliminate_dead_code(graph)
     mixed = soft.get_submodule("block")
     assert isinstance(mixed, fx.GraphModule)
-    masked = map_blocks(mixed, lambda block: masked_block(inner_block(block)))
+    masked = map_blocks(mixed, lambda block: masked_block(inner_block(block), skip_of(block)))
     return LazyGraphModule({"decide": _decide(score), "block": masked}, graph)
 
 

@@ -15,6 +15,12 @@ After::
     else_branch:  hidden, key, value = skip(hidden, …)                            # skip_block, or a group of these
 
 The result is the form for inference: no gradient reaches parameters inside the branches of a `torch.cond`.
+
+What it costs where every block is executed, in ONNX Runtime, a decode step of SmolLM2-135M in groups of 128 on one
+thread, ten gates of three blocks each, five decided at once, 4.7 % with masks: the `If`s 2.5 % (30 µs each, a third of
+it to hand over the weights), the masks and the norms that can't be fused across them 1.6 %, deciding 0.6 %. It is the
+serial part of a step: with more threads its share grows. Found by taking out one after the other, dense and routed
+sessions stepping in turn in one process, medians of 9 processes.
 """
 
 import torch
@@ -26,6 +32,7 @@ from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.map_blocks import map_blocks
 from modcompile.passes.outlined_form import called_modules, copy_graph, getitems, inner_block, routed_calls
 from modcompile.passes.skip_block import skip_block
+from modcompile.passes.skip_path import skip_of
 
 
 def lower_gates(gm: fx.GraphModule) -> fx.GraphModule:
@@ -72,7 +79,7 @@ def _lower_block(hard: fx.GraphModule) -> fx.GraphModule:
 
 
 def _skipped(masked: fx.GraphModule) -> fx.GraphModule:
-    return add_unused_inputs(skip_block(inner_block(masked)), ["is_open"])
+    return add_unused_inputs(skip_block(inner_block(masked), skip_of(masked)), ["is_open"])
 
 
 def _decide_once_for_all_tokens(decide: fx.GraphModule) -> fx.GraphModule:

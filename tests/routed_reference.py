@@ -29,9 +29,10 @@ def skip(before: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return before
 
 
-def choose(is_open: torch.Tensor) -> Mix:
-    """The layer for the tokens where `is_open [B, T, 1]`, no change for the others."""
-    return lambda before, after: torch.where(is_open, after, before)
+def choose(is_open: torch.Tensor, adapter: nn.Module | None = None) -> Mix:
+    """The layer for the tokens where `is_open [B, T, 1]`; for the others its adapter, or no change."""
+    skipped = adapter or nn.Identity()
+    return lambda before, after: torch.where(is_open, after, skipped(before))
 
 
 def decide(

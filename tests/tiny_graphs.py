@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from modcompile.passes import drop_guards, group_blocks, harden_gates, insert_depth_gates, outline_blocks
 from modcompile.routers import DepthRouter, SoftGate
+from modcompile.skip_adapters import LowRankAdapter
 from modcompile.tracing import trace_causal_lm
 from tests.tiny_models import HIDDEN_SIZE, tiny_model
 
@@ -35,10 +36,27 @@ def outlined_graph(architecture: str, *, use_cache: bool = True) -> fx.GraphModu
 
 
 def hard_graph(
-    architecture: str, routers: Mapping[int, nn.Module], groups: Iterable[range] = (), *, gates_per_decision: int = 1
+    architecture: str,
+    routers: Mapping[int, nn.Module],
+    groups: Iterable[range] = (),
+    *,
+    gates_per_decision: int = 1,
+    adapters: Mapping[int, nn.Module] | None = None,
 ) -> fx.GraphModule:
     grouped = group_blocks(outlined_graph(architecture), groups)
-    return harden_gates(insert_depth_gates(grouped, routers, SoftGate(), gates_per_decision=gates_per_decision))
+    soft = insert_depth_gates(grouped, routers, SoftGate(), gates_per_decision=gates_per_decision, adapters=adapters)
+    return harden_gates(soft)
+
+
+def random_adapters(layers: Iterable[int], *, hidden_size: int = HIDDEN_SIZE) -> dict[int, nn.Module]:
+    """Skip paths that change a hidden state about as much as a block does."""
+    torch.manual_seed(1)
+    adapters: dict[int, nn.Module] = {}
+    for layer in layers:
+        adapter = LowRankAdapter(hidden_size, 4)
+        nn.init.normal_(adapter.up.weight, std=0.5)
+        adapters[layer] = adapter
+    return adapters
 
 
 def random_routers(

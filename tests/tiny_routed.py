@@ -13,6 +13,7 @@ from modcompile.config import GateKind, RouterConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.routed_graph import build_routed
 from modcompile.routers import DepthRouter
+from modcompile.skip_adapters import LowRankAdapter
 from tests.tiny_models import HIDDEN_SIZE, INITIALIZER_RANGE
 
 ROUTED_LAYERS = (0, 2)
@@ -63,6 +64,17 @@ def tiny_grouped(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM
 def tiny_decided_at_once(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM:
     """The same with linear routers for all layers, which read the hidden state in front of the first."""
     return _deciding(RouterConfig(router_hidden_size=0, gates_per_decision=3, gate=gate), use_cache=use_cache)
+
+
+@cache
+def tiny_adapted(gate: GateKind, *, use_cache: bool = True) -> RoutedForCausalLM:
+    """The same as `tiny_grouped`, with adapters that change what skips."""
+    config = RouterConfig(router_hidden_size=0, blocks_per_gate=2, gate=gate, skip_adapter="low_rank", adapter_rank=4)
+    model = _deciding(config, use_cache=use_cache)
+    for adapter in model.adapters.values():
+        assert isinstance(adapter, LowRankAdapter)
+        nn.init.normal_(adapter.up.weight, std=0.5)
+    return model
 
 
 def _deciding(config: RouterConfig, *, use_cache: bool) -> RoutedForCausalLM:

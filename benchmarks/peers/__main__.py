@@ -24,7 +24,7 @@ def main() -> None:
         result = compare(args, Path(args.work_dir or temporary).absolute() / args.model)
     results = Path(__file__).parents[1] / "results"
     results.mkdir(exist_ok=True)
-    name = f"peers_{args.model}"  # which may hold a dot
+    name = f"peers_{args.model}{args.suffix}"  # which may hold a dot
     text = report(result)
     (results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     (results / f"{name}.md").write_text(text)
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     count("--repeats", 3, "repeats in a process")
     count("--windows", 32, "sequences of 512 tokens that perplexity is measured on")
     parser.add_argument("--only", help="measure only the cases whose names hold this text")
+    parser.add_argument("--suffix", default="", help="of the names of the results: of another machine, say")
     parser.add_argument("--work_dir", help="keep the models that are made here, and use them in a later run")
     return parser
 

@@ -20,12 +20,14 @@ from modcompile.routers import DepthRouter
 from tests.export.onnx_text import operators
 from tests.model_inputs import ModelInputs, make_inputs
 from tests.passes.routing_cases import RoutingCase, routing_cases
-from tests.tiny_graphs import hard_graph, outlined_graph, random_routers, shared_model
+from tests.tiny_graphs import hard_graph, outlined_graph, random_adapters, random_routers, shared_model
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
 NUM_LAYERS = 3
 SINGLE = tuple(range(layer, layer + 1) for layer in range(NUM_LAYERS))
 STORED = (0.3, 0.45, 0.6)
+ADAPTED = ("mistral", "opt")
+"""Where tokens that skip a layer go through an adapter: of layers that share a gate, and alone."""
 INPUTS = ["input_ids", "attention_mask", "position_ids"] + [
     f"past_key_values.{layer}.{part}" for layer in range(NUM_LAYERS) for part in ("key", "value")
 ]
@@ -39,6 +41,10 @@ class Built:
     gates: tuple[range, ...]
     model: ir.Model
     session: ort.InferenceSession
+
+    @property
+    def adapters(self) -> list[str]:
+        return [name for name, _ in self.gm.named_modules() if name.endswith(".skip")]
 
     def run(self, inputs: ModelInputs, threshold: np.ndarray | None = None) -> tuple[torch.Tensor, ...]:
         """Logits, present keys and values, routing masks."""
@@ -86,7 +92,8 @@ def built(architecture: str) -> Built:
     gates = {"llama": (range(1), range(2, 3)), "mistral": (range(2), range(2, 3))}.get(architecture, SINGLE)
     at_once = {"mistral": 2, "qwen2": 2, "opt": 3}.get(architecture, 1)
     routers = random_routers(layers.start for layers in gates)
-    gm = lower_gates(hard_graph(architecture, routers, gates, gates_per_decision=at_once))
+    adapters = random_adapters(range(NUM_LAYERS)) if architecture in ADAPTED else None
+    gm = lower_gates(hard_graph(architecture, routers, gates, gates_per_decision=at_once, adapters=adapters))
     gm.get_buffer("routing_threshold").copy_(torch.tensor(STORED[: len(gates)]))
     return build(gm, gates)
 
@@ -174,12 +181,13 @@ def weights_read(graph: ir.Graph) -> set[ir.Value]:
     return {value for value in values if value.shape is not None and len(value.shape) == 2}
 
 
-def test_skip_branch_holds_the_projections_of_keys_and_values_and_no_other_weight(built: Built) -> None:
+def test_skip_branch_holds_the_projections_of_keys_and_values_and_the_adapter_alone(built: Built) -> None:
     for node in built.conditionals:
         executed, skipped = (weights_read(node.attributes[name].as_graph()) for name in ("then_branch", "else_branch"))
         assert skipped < executed
         names = {str(value.name).removesuffix(".weight").rpartition(".")[2] for value in skipped}
-        assert names in ({"k_proj", "v_proj"}, {"c_attn"})
+        assert names - {"down", "up"} in ({"k_proj", "v_proj"}, {"c_attn"})
+        assert ("down" in names) == bool(built.adapters)
 
 
 def test_nothing_is_left_to_hoist_or_to_transpose(built: Built) -> None:

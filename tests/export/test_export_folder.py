@@ -24,7 +24,7 @@ from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
-from tests.tiny_routed import GATED_LAYERS, tiny_base, tiny_decided_at_once, tiny_grouped, tiny_routed
+from tests.tiny_routed import GATED_LAYERS, tiny_adapted, tiny_base, tiny_decided_at_once, tiny_grouped, tiny_routed
 from tests.wide_models import wide_model
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -190,6 +190,32 @@ def test_proves_gates_that_are_decided_at_once(
     nodes = onnx.load(folder / "onnx" / MODEL_FILE, load_external_data=False).graph.node
     kinds = [node.op_type for node in nodes]
     assert (kinds.count("If"), kinds.count("ReduceMax")) == (2, 1)
+
+
+@pytest.mark.parametrize("target", ["ort", "onnx"])
+def test_proves_what_tokens_go_through_that_skip(
+    target: Literal["ort", "onnx"],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also in a layer that is always skipped; an exporter that forgets an adapter changes the logits by far."""
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)
+    folder = tmp_path / "routed"
+    model = tiny_adapted("straight_through")
+    write_routed_folder(model, tokenizer, folder)
+    config = ExportConfig(target=target, always_skipped="2", fold_gates="none")
+    proved = export_folder(folder, folder / "onnx", config).verification
+    assert proved.passed
+    assert proved.equal_routes == 1.0
+    session = RoutedSession(folder / "onnx" / MODEL_FILE, providers=["CPUExecutionProvider"])
+    ids = np.array([[5, 6, 7, 200, 3, 41, 17]])
+    session.thresholds = [2.0]
+    model.set_router_mode([2.0, 2.0])
+    mask = np.ones_like(ids)
+    logits, _, _ = session.run(ids, mask, mask.cumsum(1) - 1, session.empty_cache(1))
+    expected = model(torch.from_numpy(ids)).logits
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("target", "in_place"), [("ort", True), ("onnx", False)])

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -194,3 +196,11 @@ def test_names_the_file_that_it_cannot_run(session: RoutedSession) -> None:
     with pytest.raises(ArtifactError, match=r"can't run .*model\.onnx: ") as caught:
         session.run(tokens, np.ones((1, 3), np.int64), np.arange(5)[None], session.empty_cache(1))
     assert "\n" not in str(caught.value)
+
+
+def test_a_session_loads_no_pytorch() -> None:
+    """Which would take 190 MiB and a second or two in whatever serves the model."""
+    modules = "modcompile.export.session, modcompile.export.decoder, modcompile.export.huge_pages"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -22,7 +22,7 @@ from modcompile.artifacts import (
 from modcompile.errors import ArtifactError, CheckpointError, ConfigError, ModcompileError, OutputError
 from modcompile.version import __version__
 from tests.folder_contents import contents
-from tests.tiny_routed import tiny_decided_at_once, tiny_routed
+from tests.tiny_routed import tiny_adapted, tiny_decided_at_once, tiny_grouped, tiny_routed
 
 _INPUT_IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
@@ -63,6 +63,25 @@ def test_base_loads_without_modcompile(routed_folder: Path) -> None:
     assert type(base) is type(expected)
     torch.testing.assert_close(base.state_dict(), expected.state_dict(), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(routed_folder).vocab_size == 300
+
+
+@torch.no_grad()
+def test_reads_adapters(tmp_path: Path) -> None:
+    """A folder of before there were any has none."""
+    expected = tiny_adapted("soft")
+    expected.set_router_mode(None)
+    write_routed_folder(expected, None, tmp_path / "routed")
+    model = load_with_routers(tmp_path / "routed", None)
+    assert len(model.adapters) == 3
+    assert torch.equal(model(_INPUT_IDS).logits, expected(_INPUT_IDS).logits)
+    copy_routed_folder(tmp_path / "routed", tmp_path / "copied")
+    copied = load_with_routers(tmp_path / "copied", None)
+    assert torch.equal(copied(_INPUT_IDS).logits, expected(_INPUT_IDS).logits)
+    tiny_grouped("soft").set_router_mode(None)
+    write_routed_folder(tiny_grouped("soft"), None, tmp_path / "older")
+    for name in ("skip_adapter", "adapter_rank"):
+        _edit_config(tmp_path / "older", lambda stored, name=name: stored["routers"].pop(name))
+    assert not load_with_routers(tmp_path / "older").adapters
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from modcompile.config import BudgetConfig, RouterConfig, check_threshold
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig, check_threshold
 from modcompile.errors import ConfigError
 
 
@@ -22,6 +22,8 @@ from modcompile.errors import ConfigError
         (RouterConfig, "lock_first_layers", -1),
         (RouterConfig, "lock_last_layers", -1),
         (RouterConfig, "gate", "hard"),
+        (RouterConfig, "skip_adapter", "mlp"),
+        (RouterConfig, "adapter_rank", 0),
         (RouterConfig, "router_init_bias", 0.0),
         (RouterConfig, "router_init_bias", -1.0),
         (RouterConfig, "router_init_bias", math.nan),
@@ -31,10 +33,12 @@ from modcompile.errors import ConfigError
         (BudgetConfig, "target_active_ratio", -0.1),
         (BudgetConfig, "target_active_ratio", 1.1),
         (BudgetConfig, "target_active_ratio", math.nan),
+        (LossConfig, "lm_weight", -1.0),
+        (LossConfig, "distill_weight", math.inf),
     ],
 )
 def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
-    config: type[RouterConfig | BudgetConfig], field: str, value: Any
+    config: type[RouterConfig | BudgetConfig | LossConfig], field: str, value: Any
 ) -> None:
     with pytest.raises(ConfigError, match=f"^--{field} is "):
         config(**{field: value})
@@ -47,18 +51,27 @@ def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
         (RouterConfig, "blocks_per_gate", 1),
         (RouterConfig, "gates_per_decision", 1),
         (RouterConfig, "router_dropout", 0.999),
+        (RouterConfig, "adapter_rank", 1),
         (RouterConfig, "router_init_bias", 1e-3),
         (BudgetConfig, "router_lambda", 0.0),
         (BudgetConfig, "target_active_ratio", 0.0),
         (BudgetConfig, "target_active_ratio", 1.0),
     ],
 )
-def test_takes_the_ends_of_a_range(config: type[RouterConfig | BudgetConfig], field: str, value: Any) -> None:
+def test_takes_the_ends_of_a_range(
+    config: type[RouterConfig | BudgetConfig | LossConfig], field: str, value: Any
+) -> None:
     assert getattr(config(**{field: value}), field) == value
 
 
-@pytest.mark.parametrize("config", [RouterConfig, BudgetConfig])
-def test_every_option_says_what_it_is(config: type[RouterConfig | BudgetConfig]) -> None:
+def test_refuses_to_learn_from_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"^--lm_weight and --distill_weight are both 0: "):
+        LossConfig(lm_weight=0.0)
+    assert LossConfig(lm_weight=0.0, distill_weight=1e-3).lm_weight == 0.0
+
+
+@pytest.mark.parametrize("config", [RouterConfig, BudgetConfig, LossConfig])
+def test_every_option_says_what_it_is(config: type[RouterConfig | BudgetConfig | LossConfig]) -> None:
     assert all(option.metadata["help"] for option in fields(config))
 
 

@@ -5,14 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 from modcompile.artifacts import update_report
-from modcompile.config import BudgetConfig
+from modcompile.config import BudgetConfig, LossConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.errors import ArtifactError
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.router_task import RouterTask
 from tests.folder_contents import contents
 
-_TRAINING = DepthTraining(BudgetConfig(router_lambda=2.0, target_active_ratio=0.4))
+_TRAINING = DepthTraining(BudgetConfig(router_lambda=2.0, target_active_ratio=0.4), LossConfig())
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,10 @@ def test_what_is_trained_for_is_the_budget(task: RouterTask) -> None:
     assert task.objective.lm_weight == 1.0
     (budget,) = task.objective.budgets
     assert (budget.name, budget.weight, budget.target) == ("active_ratio", 2.0, 0.4)
-    assert _TRAINING.report(task) == {"budget": {"router_lambda": 2.0, "target_active_ratio": 0.4}}
+    assert _TRAINING.report(task) == {
+        "budget": {"router_lambda": 2.0, "target_active_ratio": 0.4},
+        "loss": {"lm_weight": 1.0, "distill_weight": 0.0},
+    }
 
 
 def test_what_is_saved_is_read_back(task: RouterTask, routed_folder: Path, tmp_path: Path) -> None:

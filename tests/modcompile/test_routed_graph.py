@@ -8,6 +8,7 @@ from modcompile.errors import ConfigError, UnsupportedModelError
 from modcompile.passes.outlined_form import block_calls, gated_layers
 from modcompile.routed_graph import build_routed, insert_routers, trace_outlined
 from modcompile.routers import DepthRouter, DepthScore, SoftGate, StraightThroughGate
+from modcompile.skip_adapters import LowRankAdapter
 from modcompile.tracing import find_layers
 from tests.model_inputs import make_inputs, run_model
 from tests.tiny_models import tiny_model
@@ -76,6 +77,29 @@ def test_routers_have_the_dtype_of_the_model() -> None:
     nn.Module.to(base, torch.bfloat16)
     model = build_routed(base, RouterConfig(router_hidden_size=5))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("blocks_per_gate", [1, 2])
+def test_every_routed_layer_has_an_adapter_of_its_own(blocks_per_gate: int) -> None:
+    config = RouterConfig(router_start=1, blocks_per_gate=blocks_per_gate, skip_adapter="low_rank", adapter_rank=5)
+    model = build_routed(tiny_model("llama"), config)
+    assert list(model.adapters) == [1, 2]
+    first, second = model.adapters.values()
+    assert isinstance(first, LowRankAdapter)
+    assert first.down.out_features == 5
+    assert first is not second
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in model.router_parameters()}
+    assert {id(parameter) for parameter in first.parameters()} < trained
+
+
+def test_adapters_have_the_dtype_of_the_model_and_stay_when_it_changes() -> None:
+    model = build_routed(tiny_model("llama"), RouterConfig(router_hidden_size=5, skip_adapter="scale"))
+    adapter = model.adapters[1]
+    nn.init.constant_(adapter.get_parameter("shift"), 0.5)
+    nn.Module.to(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.adapters[1].get_parameter("shift").unique().tolist() == [0.5]
 
 
 def test_parameters_of_the_base_are_shared_and_frozen() -> None:

@@ -35,6 +35,18 @@ def test_reads_what_was_written(path: Path) -> None:
     assert sorted(load_file(path))[:2] == ["routers.1.0.bias", "routers.1.0.weight"]
 
 
+def test_adapters_are_kept_beside_the_routers(path: Path) -> None:
+    adapters = _routers(seed=2)
+    save_router_weights(_routers(), path, adapters=adapters)
+    routers, read = _routers(seed=1), _routers(seed=1)
+    load_router_weights(routers, path, adapters=read, again="train again")
+    torch.testing.assert_close(_state(routers), _state(_routers()), rtol=0, atol=0)
+    torch.testing.assert_close(_state(read), _state(adapters), rtol=0, atol=0)
+    assert sorted(load_file(path))[:2] == ["adapters.1.0.bias", "adapters.1.0.weight"]
+    with pytest.raises(ArtifactError, match=r"adapters\.1\.0\.bias is of shape \[3\], here it is missing"):
+        load_router_weights(routers, path, again="train again")
+
+
 def test_equal_routers_make_equal_files(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     for about in ("what they are for", ""):

@@ -65,6 +65,21 @@ def test_trains_gates_that_layers_share(base_folder: Path, data: list[str]) -> N
     assert training["metrics"]["eval_active_ratio"] == pytest.approx(1.0)
 
 
+def test_trains_adapters_to_predict_what_the_dense_model_does(base_folder: Path, data: list[str]) -> None:
+    flags = ["--skip_adapter", "low_rank", "--adapter_rank", "3", "--gate", "soft", "--router_init_bias", "0.5"]
+    flags += ["--lm_weight", "0", "--distill_weight", "2"]
+    main(["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, *flags])
+    model = load_with_routers("out")
+    assert len(model.adapters) == 3
+    weights = load_file("out/routers.safetensors")
+    assert all(weights[f"adapters.{layer}.up.weight"].abs().max() > 0 for layer in range(3))
+    training = read_report(Path("out"))["training"]
+    assert training["loss"] == {"lm_weight": 0.0, "distill_weight": 2.0}
+    metrics = training["metrics"]
+    expected = 2 * metrics["eval_distill_loss"] + training["budget"]["router_lambda"] * metrics["eval_budget_loss"]
+    assert metrics["eval_loss"] == pytest.approx(expected)
+
+
 def test_default_place_is_named_after_the_model(base_folder: Path, data: list[str], tmp_path: Path) -> None:
     main(["--model_name_or_path", str(base_folder), *data])
     assert [path.name for path in Path.cwd().iterdir()] == ["tiny-routed"]

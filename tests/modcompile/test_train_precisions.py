@@ -131,6 +131,13 @@ def test_refuses_depth_gates_that_layers_share(
         LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=config)
 
 
+def test_refuses_depth_gates_with_adapters(
+    quantized_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_name_or_path", str(quantized_folder), *data, "--route_depth", "--skip_adapter", "low_rank"]
+    assert "make depth gates with --skip_adapter none" in error_of(argv, capsys)
+
+
 def test_keeps_the_depth_gates_of_a_routed_folder(routed_folder: Path, data: list[str]) -> None:
     """One kind of routers is trained, then the other."""
     before, out = contents(routed_folder), Path("out")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import default_data_collator
 
-from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.depth_training import depth_task
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
@@ -21,6 +21,7 @@ from modcompile.training_arguments import RouterTrainingArguments
 from tests.tiny_routed import tiny_base
 
 _LENGTH = 10
+_LM_LOSS = LossConfig()
 _ALWAYS_OVER = BudgetConfig(router_lambda=2.0, target_active_ratio=0.0)
 
 
@@ -71,7 +72,12 @@ def _batch(blocks: Dataset) -> dict[str, torch.Tensor]:
 
 
 def _trainer(
-    model: RoutedForCausalLM, folder: Path, budget: BudgetConfig, blocks: Dataset, **arguments: Any
+    model: RoutedForCausalLM,
+    folder: Path,
+    budget: BudgetConfig,
+    blocks: Dataset,
+    loss: LossConfig = _LM_LOSS,
+    **arguments: Any,
 ) -> RouterTrainer:
     defaults: dict[str, Any] = {
         "logging_steps": 1,
@@ -81,7 +87,7 @@ def _trainer(
     }
     training = RouterTrainingArguments(output_dir=str(folder), **(defaults | arguments))
     return RouterTrainer(
-        depth_task(model, budget),
+        depth_task(model, budget, loss),
         args=training,
         train_dataset=blocks,
         eval_dataset=blocks,
@@ -115,6 +121,30 @@ def test_loss_is_that_of_the_formula(
     assert loss.item() == pytest.approx(lm_loss + router_lambda * budget_loss)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (0.0, 0.5), (3.0, 0.0)])
+def test_learns_from_the_text_and_from_the_dense_model(
+    routed: RoutedForCausalLM, tmp_path: Path, weights: tuple[float, float]
+) -> None:
+    """The divergence is computed token by token here, of the base itself."""
+    batch = _batch(_blocks(4))
+    lm_loss, _, budget_loss = _expected(routed, batch, 0.3)
+    with torch.no_grad():
+        ours, theirs = (model(batch["input_ids"], batch["attention_mask"]).logits for model in (routed, routed.base))
+    where = (batch["labels"][:, 1:] != -100).nonzero().tolist()
+    divergences = [_divergence(theirs[row, column], ours[row, column]) for row, column in where]
+    lm_weight, distill_weight = weights
+    expected = lm_weight * lm_loss + distill_weight * sum(divergences) / len(where) + 2.0 * budget_loss
+    trainer = _trainer(routed, tmp_path, BudgetConfig(2.0, 0.3), _blocks(4), LossConfig(*weights))
+    assert trainer.compute_loss(routed, batch).item() == pytest.approx(expected, rel=1e-5)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert ("eval_distill_loss" in metrics) == bool(distill_weight)
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum())
+
+
 def test_without_lambda_no_budget_is_in_the_gradient(routed: RoutedForCausalLM, tmp_path: Path) -> None:
     batch = _batch(_blocks(4))
     trainer = _trainer(routed, tmp_path, BudgetConfig(0.0, 0.0), _blocks(4))
@@ -136,7 +166,7 @@ def test_trains_the_routers_and_nothing_else(routed: RoutedForCausalLM, tmp_path
 def test_lowers_the_active_ratio_to_its_target(routed: RoutedForCausalLM, tmp_path: Path) -> None:
     budget = BudgetConfig(router_lambda=30, target_active_ratio=0.2)
     blocks = _blocks(8, padded=False)
-    arguments = {"max_steps": 25, "learning_rate": 0.05, "logging_strategy": "no"}
+    arguments: dict[str, Any] = {"max_steps": 25, "learning_rate": 0.05, "logging_strategy": "no"}
     trainer = _trainer(routed, tmp_path, budget, blocks, **arguments)
     before = trainer.evaluate()["eval_active_ratio"]
     trainer.train()
@@ -162,6 +192,7 @@ def test_accumulated_batches_update_as_one_large_batch(
             tmp_path,
             _ALWAYS_OVER,
             _blocks(rows),
+            LossConfig(distill_weight=2.0),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             **arguments,

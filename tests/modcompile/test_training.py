@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from modcompile.artifacts import load_with_routers, read_report, update_report
-from modcompile.config import BudgetConfig
+from modcompile.config import BudgetConfig, LossConfig
 from modcompile.data_config import DataConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
@@ -20,7 +20,7 @@ from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
 from tests.folder_contents import contents
 
-_DEPTH = DepthTraining(BudgetConfig(router_lambda=2.0, target_active_ratio=0.1))
+_DEPTH = DepthTraining(BudgetConfig(router_lambda=2.0, target_active_ratio=0.1), LossConfig())
 _RESULTS = {"routers.safetensors", "report.json", "training_history.png"}
 
 

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from torch import nn
 
 from modcompile.artifacts import read_report, save_depth_routers
-from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.objective import Budget, bits_budget, depth_budget
@@ -155,7 +155,7 @@ def test_both_are_written(trained: Path) -> None:
 
 def test_without_precisions_there_is_a_history_alone(routed_folder: Path, blocks: DatasetDict, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(routed_folder, tmp_path / "routed"))
-    train_routers(folder, folder, blocks, DepthTraining(_DEPTH), _arguments())
+    train_routers(folder, folder, blocks, DepthTraining(_DEPTH, LossConfig()), _arguments())
     training = read_report(folder)["training"]
     assert "shares_per_layer" not in training
     assert [file.name for file in folder.glob("*.png")] == ["training_history.png"]
@@ -166,6 +166,14 @@ def test_without_precisions_there_is_a_history_alone(routed_folder: Path, blocks
 
 def _budget(target: float) -> Budget:
     return Budget("average_bits", "bits_loss", 1.0, target, 1.0, lambda output: torch.zeros(()))
+
+
+def test_what_is_learned_from_the_dense_model_has_a_panel() -> None:
+    history = [{"step": 1, "lm_loss": 2.0, "distill_loss": 0.5, "active_ratio": 0.9, "loss": 2.5}]
+    panels = draw_history(history, (depth_budget(BudgetConfig()),)).axes
+    assert [axes.get_ylabel() for axes in panels] == ["LM loss", "KL to the dense model", "active ratio"]
+    assert [_points(axes)["training"] for axes in panels] == [[[1, 2.0]], [[1, 0.5]], [[1, 0.9]]]
+    assert ["target" in _points(axes) for axes in panels] == [False, False, True]
 
 
 def test_leaves_out_what_is_no_number_and_targets_that_are_none(tmp_path: Path) -> None:

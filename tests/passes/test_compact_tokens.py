@@ -21,7 +21,7 @@ from tests.passes.forced_routing import ForcedRouter, force
 from tests.passes.routing_cases import ROUTED_LAYERS, RoutingCase, routing_cases
 from tests.passes.toy_block import toy_block
 from tests.passes.traced import BATCH, PAST, TOKENS, Run, calls, random, traced
-from tests.tiny_graphs import hard_graph
+from tests.tiny_graphs import hard_graph, random_adapters
 from tests.tiny_models import VOCAB_SIZE
 
 _BLOCK_PRODUCTS = {"llama": 7, "mistral": 7, "qwen2": 7, "opt": 6, "gpt2": 4}
@@ -40,6 +40,14 @@ def compact(forced: fx.GraphModule) -> fx.GraphModule:
     return compact_tokens(fuse_operators(forced))
 
 
+@pytest.fixture(scope="module")
+def with_adapters(architecture: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The same with a skip path: hard, and compact."""
+    adapters = random_adapters(ROUTED_LAYERS)
+    hard = hard_graph(architecture, {layer: ForcedRouter() for layer in ROUTED_LAYERS}, adapters=adapters)
+    return hard, compact_tokens(fuse_operators(lower_gates(hard)))
+
+
 @given(case=routing_cases(), share=st.sampled_from([None, 0.0, 1.0]))
 @torch.no_grad()
 def test_keeps_every_output(
@@ -56,6 +64,23 @@ def test_keeps_every_output(
     for gm in (forced, compact):
         force(gm, is_open)
     expected, actual = inputs.at_tokens(forced(*inputs.flat)), inputs.at_tokens(compact(*inputs.flat))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@given(case=routing_cases(), share=st.sampled_from([None, 0.0, 1.0]))
+@torch.no_grad()
+def test_closed_tokens_go_through_the_adapter(
+    with_adapters: tuple[fx.GraphModule, fx.GraphModule],
+    model: PreTrainedModel,
+    case: RoutingCase,
+    share: float | None,
+) -> None:
+    inputs, is_open = case.inputs(model), case.is_open()
+    if share is not None:
+        is_open = {layer: torch.full_like(mask, bool(share)) for layer, mask in is_open.items()}
+    for gm in with_adapters:
+        force(gm, is_open)
+    expected, actual = (inputs.at_tokens(gm(*inputs.flat)) for gm in with_adapters)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from modcompile.tracing import find_layers
 from tests.model_inputs import make_inputs, run_model
 from tests.passes.routing_cases import ROUTED_LAYERS
 from tests.routed_reference import run_reference, skip
-from tests.tiny_graphs import hard_graph, random_routers, shared_model
+from tests.tiny_graphs import hard_graph, random_adapters, random_routers, shared_model
 from tests.tiny_routed import tiny_grouped
 
 FIRST, LAST = (range(layer, layer + 1) for layer in ROUTED_LAYERS)
@@ -72,6 +72,17 @@ def test_skips_a_layer_for_good(hard: fx.GraphModule, model: PreTrainedModel) ->
     torch.testing.assert_close(folded(*inputs.flat), run_reference(model, inputs, {2: skip}))
     held = sum(parameter.numel() for parameter in folded.get_submodule("blocks.2").parameters())
     assert held < sum(parameter.numel() for parameter in find_layers(model)[2].parameters()) / 2
+
+
+@torch.no_grad()
+def test_a_layer_that_is_skipped_for_good_keeps_its_adapter(architecture: str, model: PreTrainedModel) -> None:
+    adapters = random_adapters(ROUTED_LAYERS)
+    inputs = make_inputs(model, 2, 5, 3, "none")
+    hard = hard_graph(architecture, random_routers(ROUTED_LAYERS), adapters=adapters)
+    folded = fold_gates(hard, [FIRST], [LAST])
+    expected = run_reference(model, inputs, {2: lambda before, _: adapters[2](before)})
+    torch.testing.assert_close(folded(*inputs.flat), expected)
+    assert not [name for name, _ in folded.named_parameters() if name.startswith("blocks.0.skip")]
 
 
 @pytest.mark.parametrize("layer", range(3))

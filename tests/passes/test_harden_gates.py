@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 from transformers import PreTrainedModel
 
 from modcompile.passes import harden_gates, insert_depth_gates
@@ -12,7 +12,7 @@ from tests.model_inputs import kernel_atol
 from tests.passes.forced_routing import ForcedRouter, force
 from tests.passes.routing_cases import ROUTED_LAYERS, RoutingCase, routing_cases
 from tests.routed_reference import choose, decide, run_reference, skip
-from tests.tiny_graphs import hard_graph, random_routers
+from tests.tiny_graphs import hard_graph, random_adapters, random_routers
 
 _ATOL = 1e-5
 
@@ -27,6 +27,13 @@ def hard(architecture: str) -> fx.GraphModule:
 def forced(architecture: str) -> fx.GraphModule:
     """A hard graph whose routing masks the cases set."""
     return hard_graph(architecture, {layer: ForcedRouter() for layer in ROUTED_LAYERS})
+
+
+@pytest.fixture(scope="module")
+def with_adapters(architecture: str) -> tuple[fx.GraphModule, dict[int, nn.Module]]:
+    """The same with a skip path, and what that is at each routed layer."""
+    adapters = random_adapters(ROUTED_LAYERS)
+    return hard_graph(architecture, {layer: ForcedRouter() for layer in ROUTED_LAYERS}, adapters=adapters), adapters
 
 
 @given(case=routing_cases())
@@ -70,6 +77,20 @@ def test_each_token_is_executed_or_kept(forced: fx.GraphModule, model: PreTraine
     torch.testing.assert_close(tuple(actual), expected, rtol=0, atol=kernel_atol(model, case.length))
     for mask, layer in zip((first, second), ROUTED_LAYERS, strict=True):
         assert torch.equal(mask, executed[layer])
+
+
+@given(case=routing_cases())
+@torch.no_grad()
+def test_each_token_is_executed_or_goes_through_the_adapter(
+    with_adapters: tuple[fx.GraphModule, dict[int, nn.Module]], model: PreTrainedModel, case: RoutingCase
+) -> None:
+    hard, adapters = with_adapters
+    inputs, is_open = case.inputs(model), case.is_open()
+    force(hard, is_open)
+    is_token = inputs.is_token.unsqueeze(-1)
+    mixes = {layer: choose(mask & is_token, adapters[layer]) for layer, mask in is_open.items()}
+    expected = run_reference(model, inputs, mixes)
+    torch.testing.assert_close(tuple(hard(*inputs.flat)[:-2]), expected, rtol=0, atol=_ATOL)
 
 
 @given(case=routing_cases())

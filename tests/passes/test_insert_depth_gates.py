@@ -3,13 +3,13 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from modcompile.passes import insert_depth_gates
+from modcompile.passes import group_blocks, insert_depth_gates
 from modcompile.passes.outlined_form import gated_layers
 from modcompile.routers import SoftGate, StraightThroughGate
 from tests.model_inputs import Padding, kernel_atol, make_inputs
 from tests.passes.forced_routing import ConstantGate
 from tests.routed_reference import Mix, run_reference
-from tests.tiny_graphs import outlined_graph, random_routers
+from tests.tiny_graphs import outlined_graph, random_adapters, random_routers
 
 _LAYERS = (0, 2)
 _SIZES = pytest.mark.parametrize(("batch", "length", "past_length"), [(1, 1, 0), (1, 7, 0), (2, 1, 5), (3, 4, 9)])
@@ -111,6 +111,31 @@ def test_gates_decided_at_once_read_what_the_first_of_them_reads(
     with torch.no_grad():
         actual = soft(*inputs.flat)
     torch.testing.assert_close(actual, (*expected, *gates), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("groups", [(), (range(2),)], ids=["alone", "in a group"])
+def test_a_token_that_skips_a_layer_goes_through_its_adapter(
+    model: PreTrainedModel, outlined: fx.GraphModule, groups: tuple[range, ...]
+) -> None:
+    """Each layer of a group has its own."""
+    adapters = random_adapters((0, 1))
+    routers = random_routers([0] if groups else [0, 1])
+    gates: list[torch.Tensor] = []
+
+    def mix(layer: int) -> Mix:
+        def mixed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            if layer in routers:
+                gates.append(routers[layer](before).sigmoid())
+            return gates[-1] * after + (1 - gates[-1]) * adapters[layer](before)
+
+        return mixed
+
+    inputs = make_inputs(model, 3, 4, 5, "left")
+    expected = run_reference(model, inputs, {layer: mix(layer) for layer in adapters})
+    soft = insert_depth_gates(group_blocks(outlined, groups), routers, SoftGate(), adapters=adapters)
+    with torch.no_grad():
+        actual = soft(*inputs.flat)
+    torch.testing.assert_close(actual, (*expected, *gates), rtol=0, atol=kernel_atol(model, 4))
 
 
 def test_routes_the_given_layers_only(outlined: fx.GraphModule) -> None:

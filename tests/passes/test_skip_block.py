@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from modcompile.errors import UnsupportedModelError
 from modcompile.passes.skip_block import skip_block
@@ -17,6 +18,16 @@ def test_keeps_the_keys_and_does_nothing_else() -> None:
     assert torch.equal(key, block(HIDDEN, PAST_KEY)[1])
     assert calls(skipped) == {"mul": 1, "unsqueeze": 1, "cat": 1}
     assert skipped.graph.find_nodes(op="placeholder")[0].name == block.graph.find_nodes(op="placeholder")[0].name
+
+
+@torch.no_grad()
+def test_a_token_goes_through_the_skip_path() -> None:
+    block, skip = toy_block(), nn.Linear(8, 8)
+    skipped = skip_block(block, skip)
+    hidden, key = skipped(HIDDEN, PAST_KEY)
+    assert torch.equal(hidden, skip(HIDDEN))
+    assert torch.equal(key, block(HIDDEN, PAST_KEY)[1])
+    assert calls(skipped) == {"mul": 1, "unsqueeze": 1, "cat": 1}
 
 
 def test_refuses_a_block_that_writes_in_place() -> None:
