@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from modcompile.config import check_choice, check_threshold
+from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold
+from modcompile.config import check_choice
 from modcompile.errors import ConfigError
 from modcompile.precision_config import GROUP_SIZES as TEXT_GROUP_SIZES
 from modcompile.precision_config import RoundingMethod
@@ -76,9 +77,13 @@ class ExportConfig:
             "what they had, which is about a hundredth faster where every token needs every block."
         },
     )
-    hard_threshold: float = field(
+    hard_threshold: float | str = field(
         default=0.5,
-        metadata={"help": "A block is executed where a gate is above this; a session may override it at run time."},
+        metadata={
+            "parse": parse_threshold,
+            "help": "A block is executed where a gate is above this; a session may override it at run time. auto: "
+            "what modcompile.calibrate found first; auto:0.8: for that budget.",
+        },
     )
     emit_routing: bool = field(
         default=False,
@@ -145,7 +150,7 @@ class ExportConfig:
         check_choice("target", self.target, ("ort", "onnx"))
         check_choice("fold_gates", self.fold_gates, ("auto", "none"))
         check_choice("prefill", self.prefill, ("mask", "compact"))
-        check_threshold(self.hard_threshold)
+        check_hard_threshold(self.hard_threshold)
         check_choice("weights", self.weights, ("fp32", "fp16", *INTEGER_WEIGHTS))
         check_choice("rounding", self.rounding, ("rtn", "gptq"))
         integers = self.weights in INTEGER_WEIGHTS

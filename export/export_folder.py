@@ -15,6 +15,7 @@ import onnx_ir as ir
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import base_files, has_trained_routers, update_report
+from modcompile.calibrated_thresholds import threshold_for
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
@@ -140,6 +141,7 @@ def export_folder(
 
     with _timed("loading and tracing", seconds):
         if at_hand is not None:
+            at_hand.set_router_mode(threshold_for(source, config.hard_threshold))
             model = of_gates(at_hand, config, texts_of, tokenizer_of)
         else:
             model = load_exportable(source, config, texts_of, tokenizer_of)

@@ -10,6 +10,7 @@ from torch import fx, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import load_with_routers
+from modcompile.calibrated_thresholds import number_for
 from modcompile.errors import ConfigError
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.export_config import ExportConfig
@@ -98,8 +99,9 @@ def load_exportable(
                 f"--always_active and --always_skipped are for the gates of routed folders, and {source} is quantized; "
                 "leave them out"
             )
-        return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config, texts_of)
-    return of_gates(load_with_routers(source), config, texts_of, tokenizer_of)
+        threshold = number_for(source, config.hard_threshold)
+        return _of_precisions(LayerwiseQuantizeForCausalLM.from_quantized(source), config, threshold, texts_of)
+    return of_gates(load_with_routers(source, config.hard_threshold), config, texts_of, tokenizer_of)
 
 
 def of_gates(
@@ -108,8 +110,7 @@ def of_gates(
     texts_of: Callable[[PretrainedConfig], Rows],
     tokenizer_of: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
 ) -> Exportable:
-    """The same of a model in float32 that is at hand; it is made hard."""
-    model.set_router_mode(config.hard_threshold)
+    """The same of a model in float32 that is at hand, hard at the thresholds that the artifact is to have."""
     is_proved, thresholds = config.verify == "full", model.hard_thresholds
     assert thresholds is not None
     rounding, nearest, gates = config.weight_rounding, config.nearest_rounding, model.gated_layers
@@ -153,10 +154,13 @@ def of_gates(
 
 
 def _of_precisions(
-    model: LayerwiseQuantizeForCausalLM, config: ExportConfig, texts_of: Callable[[PretrainedConfig], Rows]
+    model: LayerwiseQuantizeForCausalLM,
+    config: ExportConfig,
+    threshold: float,
+    texts_of: Callable[[PretrainedConfig], Rows],
 ) -> Exportable:
     if model.depth_routers:
-        model.set_hard_threshold(config.hard_threshold)
+        model.set_hard_threshold(threshold)
     is_proved = config.verify == "full"
     texts = texts_of(model.config) if is_proved else []
     rows = perplexity_rows(model.config, texts)
@@ -173,8 +177,8 @@ def _of_precisions(
         graph, rounded = _on_codes(graph, rounded, weights)
     if not is_proved:
         return Exportable(graph, model.config, None)
-    subject = PrecisionSubject(model, ShippedPerplexity(rows, rounded, before), config.hard_threshold)
-    return Exportable(graph, model.config, Proof(subject, precision_cases(model, texts, config.hard_threshold)))
+    subject = PrecisionSubject(model, ShippedPerplexity(rows, rounded, before), threshold)
+    return Exportable(graph, model.config, Proof(subject, precision_cases(model, texts, threshold)))
 
 
 def _on_codes(

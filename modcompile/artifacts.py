@@ -5,6 +5,7 @@
     config.json, generation_config.json, tokenizer files, model.safetensors   the untouched base
     routers.safetensors       parameters of routers and adapters, `routers.{layer}.{name}`, `adapters.{layer}.{name}`
     router_config.json        which layers are routed, by what, how trained; the format's version
+    thresholds.json           for which budget which thresholds, as `modcompile.calibrate` finds them
     report.json               what was done and measured
     training_history.png      losses and the active ratio over the steps of a training
     onnx/                     what `export` makes of it
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from modcompile.calibrated_thresholds import THRESHOLDS, threshold_for
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base, save_base
 from modcompile.config import RouterConfig
@@ -49,14 +51,14 @@ def is_routed_folder(folder: Path) -> bool:
 
 def base_files(folder: Path) -> list[Path]:
     """The files of the untouched base in a routed folder: configuration, tokenizer, weights."""
-    ours = (ROUTERS, ROUTER_CONFIG, REPORT, "training_args.bin", "trainer_state.json")
+    ours = (ROUTERS, ROUTER_CONFIG, THRESHOLDS, REPORT, "training_args.bin", "trainer_state.json")
     files = [file for file in folder.iterdir() if file.is_file() and file.suffix != ".png"]  # plots are ours, too
     return sorted(file for file in files if file.name not in ours)
 
 
 def load_with_routers(
     folder: str | Path,
-    hard_threshold: float | list[float] | None = 0.5,
+    hard_threshold: float | str | list[float] | None = 0.5,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -64,15 +66,18 @@ def load_with_routers(
 ) -> RoutedForCausalLM:
     """Read a routed folder; hard at a threshold (one, or one for each gate), or soft with None.
 
+    `auto` stands for the thresholds that `modcompile.calibrate` has found first, `auto:0.8` for those of a budget.
     Without `use_cache` the graph takes and returns no keys and values, which suits training.
 
     Raises:
         ArtifactError: the folder is missing, incomplete, damaged, or of another version.
         CheckpointError: its base can't be read.
-        ConfigError: a threshold is negative, infinite or not a number.
+        ConfigError: a threshold is negative, infinite or not a number, or there are none for that budget.
     """
     folder = Path(folder)
     config = read_router_config(folder)
+    if isinstance(hard_threshold, str):
+        hard_threshold = threshold_for(folder, hard_threshold)
     base: Any = load_base(find_checkpoint(str(folder.resolve())))
     try:
         model = build_routed(base.to(device=device, dtype=dtype), config, use_cache=use_cache)
@@ -170,6 +175,7 @@ def save_depth_routers(
     """The same of routers and adapters, by their layers; each file is written or replaced in one step."""
     replace_file(folder / ROUTERS, lambda staging: save_router_weights(routers, staging, adapters=adapters))
     write_json(folder / ROUTER_CONFIG, versioned(FORMAT_VERSION, {"routers": asdict(config)}))
+    (folder / THRESHOLDS).unlink(missing_ok=True)  # they are those of the routers that were there
 
 
 def load_routers(model: RoutedForCausalLM, folder: Path) -> None:

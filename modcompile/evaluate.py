@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from modcompile.artifacts import is_routed_folder, update_report
+from modcompile.calibrated_thresholds import number_for
 from modcompile.cli import run
 from modcompile.errors import ConfigError
 from modcompile.evaluate_depth import DepthEvaluationConfig, evaluate_depth
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _refuse(depth, f"{folder} is quantized, and evaluated one sequence a call", but="hard_threshold")
         else:
             _refuse(depth, f"{folder} is quantized, not routed")
-        result = evaluate_quantized(folder, text, precisions, depth.hard_threshold)
+        result = evaluate_quantized(folder, text, precisions, number_for(folder, depth.hard_threshold))
     else:
         if is_routed_folder(folder):
             _refuse(precisions, f"{folder} is routed, not quantized")

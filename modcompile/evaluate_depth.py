@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from modcompile.artifacts import load_with_routers, read_router_config
-from modcompile.config import GateKind, check, check_threshold
+from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold, threshold_for
+from modcompile.config import GateKind, check
 from modcompile.devices import fastest_device
 from modcompile.evaluation_text import EvaluationTextConfig, describe_text, load_evaluation_blocks, text_as_json
 from modcompile.perplexity import Evaluation, evaluate_model
@@ -23,13 +24,18 @@ class DepthEvaluationConfig:
         ConfigError: an option is outside of its range.
     """
 
-    hard_threshold: float = field(
-        default=0.5, metadata={"help": "Hard, a block is executed where a gate is above this."}
+    hard_threshold: float | str = field(
+        default=0.5,
+        metadata={
+            "parse": parse_threshold,
+            "help": "Hard, a block is executed where a gate is above this. auto: what modcompile.calibrate found "
+            "first; auto:0.8: for that budget.",
+        },
     )
     batch_size: int = field(default=4, metadata={"help": "Sequences in a call of the model."})
 
     def __post_init__(self) -> None:
-        check_threshold(self.hard_threshold)
+        check_hard_threshold(self.hard_threshold)
         check("batch_size", self.batch_size, at_least=1)
 
 
@@ -43,14 +49,15 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         DataError: the text can't be read, or has fewer than two tokens.
     """
     gate = read_router_config(folder).gate
+    thresholds = threshold_for(folder, config.hard_threshold)
     blocks = load_evaluation_blocks(text, folder)
     with show_elapsed("loading and tracing"):
-        model = load_with_routers(folder, config.hard_threshold, device=fastest_device(), use_cache=False)
-    evaluation = evaluate_model(model, blocks, hard_threshold=config.hard_threshold, batch_size=config.batch_size)
+        model = load_with_routers(folder, thresholds, device=fastest_device(), use_cache=False)
+    evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
     print(_table(evaluation, config, gate, text))
     return {
         **text_as_json(text, evaluation.sequences, evaluation.predicted_tokens),
-        "hard_threshold": config.hard_threshold,
+        "hard_threshold": thresholds,
         **{mode: {"perplexity": measured.perplexity, **vars(measured)} for mode, measured in evaluation.modes.items()},
     }
 
@@ -61,7 +68,7 @@ def _table(evaluation: Evaluation, config: DepthEvaluationConfig, gate: GateKind
     notes = {
         "dense": "every gate open: the base model",
         "soft": f"gates as trained{by_construction if gate == 'straight_through' else ''}",
-        "hard": f"threshold {config.hard_threshold:g}",
+        "hard": f"threshold {config.hard_threshold}",
     }
     lines = [describe_text(text, evaluation.sequences, evaluation.predicted_tokens)]
     lines.append(f"{'':5}  {'perplexity':>10}  {'loss':>7}  {'active ratio':>12}")

@@ -1,7 +1,7 @@
 """Command-line flags from dataclasses, and what is wrong with them in one line."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -14,11 +14,16 @@ class _OneLineParser(HfArgumentParser):
     """Leaves the usage, some hundred lines for the flags of training, to --help.
 
     A field that is true by default may name the flag that makes it false, as `negated` in its metadata, beside --no_….
+    One of several types may have in it, as `parse`, what makes a value of a word.
     """
 
-    def add_argument(self, *names: Any, negated: str | None = None, **options: Any) -> Any:
+    def add_argument(
+        self, *names: Any, negated: str | None = None, parse: Callable[[str], Any] | None = None, **options: Any
+    ) -> Any:
         if negated is not None and options.get("action") == "store_false":
             names += (negated,)
+        if parse is not None:
+            options["type"] = parse
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:

@@ -14,10 +14,11 @@ from typing import Literal
 from transformers import set_seed
 
 from modcompile.artifacts import is_routed_folder, read_router_config
+from modcompile.calibrated_thresholds import check_hard_threshold, number_for, parse_threshold
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.cli import run
-from modcompile.config import check, check_choice, check_threshold
+from modcompile.config import check, check_choice
 from modcompile.errors import ConfigError
 from modcompile.flags import parse_flags
 from modcompile.generate_onnx import find_onnx_folder, load_onnx
@@ -45,11 +46,13 @@ class GenerateConfig:
     runtime: Literal["torch", "onnx"] = field(
         default="torch", metadata={"help": "torch: the rewritten graph in PyTorch. onnx: DIR/onnx in ONNX Runtime."}
     )
-    hard_threshold: float | None = field(
+    hard_threshold: float | str | None = field(
         default=None,
         metadata={
+            "parse": parse_threshold,
             "help": "A block is executed where a gate is above this. By default 0.5 in torch, and in onnx what the "
-            "artifact was exported with."
+            "artifact was exported with. In torch, auto: what modcompile.calibrate found first; auto:0.8: for a "
+            "budget.",
         },
     )
     fix_precision: int | None = field(
@@ -75,7 +78,7 @@ class GenerateConfig:
         if self.num_threads is not None:
             check("num_threads", self.num_threads, at_least=1)
         if self.hard_threshold is not None:
-            check_threshold(self.hard_threshold)
+            check_hard_threshold(self.hard_threshold)
         if self.fix_precision is not None and self.runtime != "torch":
             raise ConfigError(f"--fix_precision has no effect with --runtime {self.runtime}; leave out one of them")
 
@@ -115,15 +118,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _loader(folder: Path, config: GenerateConfig) -> Callable[[], TextGenerator]:
     """What loads the folder, once it is known to be one for the flags."""
     if config.runtime == "onnx":
-        return partial(load_onnx, folder, config.hard_threshold, config.num_threads)
+        return partial(load_onnx, folder, _number(folder, config), config.num_threads)
     if holds_precisions(folder):
         if config.hard_threshold is not None and not is_routed_folder(folder):
             raise ConfigError(f"--hard_threshold needs depth gates, which {folder} has not; leave it out")
-        return partial(load_quantized, folder, config.hard_threshold, config.fix_precision)
+        return partial(load_quantized, folder, _number(folder, config), config.fix_precision)
     read_router_config(folder)
     if config.fix_precision is not None:
         raise ConfigError(f"--fix_precision needs weights at several precisions, which {folder} has not; leave it out")
     return partial(load_routed, folder, config.hard_threshold)
+
+
+def _number(folder: Path, config: GenerateConfig) -> float | None:
+    return None if config.hard_threshold is None else number_for(folder, config.hard_threshold)
 
 
 def _progress(streamer: TimedStreamer, generator: TextGenerator) -> str:

@@ -19,7 +19,7 @@ from modcompile.text_generator import TextGenerator, describe_active_ratio
 from modcompile.timed_streamer import TimedStreamer
 
 
-def load_routed(folder: Path, hard_threshold: float | None) -> TextGenerator:
+def load_routed(folder: Path, hard_threshold: float | str | None) -> TextGenerator:
     """Of the graph of a routed folder, hard at a threshold, by default 0.5.
 
     Raises:

@@ -1,7 +1,6 @@
 """What a routed model scores on a text, and how much of it that takes: dense, soft and hard."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from modcompile.config import check
 from modcompile.modeling import RoutedForCausalLM
+from modcompile.restored_routing import restored_routing
 from modcompile.text_loss import TextLoss, batches, count_predicted_tokens, summed_loss
 from modcompile.tracing import eval_mode
 
@@ -60,7 +60,7 @@ def evaluate_model(
     modes = {"dense": 0.0, "soft": None, "hard": threshold}
     measured: dict[str, Measurement] = {}
     with (
-        _restored(model),
+        restored_routing(model),
         eval_mode(model),
         tqdm(total=len(modes) * blocks.num_rows, unit="sequence", delay=2, leave=False) as bar,
     ):
@@ -84,13 +84,3 @@ def _measure(
         loss += summed_loss(output.logits, batch["labels"])
         bar.update(len(batch["labels"]))
     return Measurement(loss / predicted, model.active_ratio, model.active_ratio_per_layer)
-
-
-@contextmanager
-def _restored(model: RoutedForCausalLM) -> Iterator[None]:
-    threshold, usage = model.hard_thresholds, model.usage
-    try:
-        yield
-    finally:
-        model.set_router_mode(threshold)
-        model.usage = usage

@@ -38,7 +38,7 @@ def test_a_routed_folder_is_gated_at_the_threshold(routed_folder: Path) -> None:
 def test_a_model_at_hand_is_exported_as_one_that_was_read(routed_folder: Path) -> None:
     config = ExportConfig(hard_threshold=0.3)
     read = load_exportable(routed_folder, config, texts)
-    at_hand = of_gates(load_with_routers(routed_folder, None), config, texts)
+    at_hand = of_gates(load_with_routers(routed_folder, config.hard_threshold), config, texts)
     graph, expected = at_hand.graph(), read.graph()
     assert code_key(graph) == code_key(expected)
     assert graph.state_dict().keys() == expected.state_dict().keys()
