@@ -7,6 +7,7 @@ from typing import Literal
 from modcompile.errors import ConfigError
 
 GateKind = Literal["soft", "straight_through"]
+BudgetLoss = Literal["hinge", "squared", "per_layer"]
 SkipAdapterKind = Literal["none", "scale", "low_rank"]
 
 INIT_BIAS: dict[str, float] = {"soft": 4.0, "straight_through": 0.2}
@@ -157,16 +158,28 @@ class BudgetConfig:
     """
 
     router_lambda: float = field(
-        default=0.01,
-        metadata={"help": "Weight of the budget loss max(active_ratio - target_active_ratio, 0); 0 for a warm-up."},
+        default=0.01, metadata={"help": "Weight of the budget loss (see budget_loss); 0 for a warm-up."}
     )
     target_active_ratio: float = field(
         default=0.7, metadata={"help": "Share of (token, routed layer) pairs that shall be executed, in [0, 1]."}
+    )
+    budget_loss: BudgetLoss = field(
+        default="hinge",
+        metadata={
+            "help": "hinge: max(active_ratio - target_active_ratio, 0). squared: their difference squared, so that too "
+            "little use is charged as well. per_layer: the hinge of each routed layer by itself, averaged."
+        },
+    )
+    target_warmup_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Let the target fall from 1 to target_active_ratio over this share of the steps."},
     )
 
     def __post_init__(self) -> None:
         check("router_lambda", self.router_lambda, at_least=0)
         check("target_active_ratio", self.target_active_ratio, at_least=0, at_most=1)
+        check("target_warmup_ratio", self.target_warmup_ratio, at_least=0, at_most=1)
+        check_choice("budget_loss", self.budget_loss, ("hinge", "squared", "per_layer"))
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,26 @@ class LossConfig:
         check("distill_weight", self.distill_weight, at_least=0)
         if not self.lm_weight and not self.distill_weight:
             raise ConfigError("--lm_weight and --distill_weight are both 0: there is nothing left to learn from")
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What new adapters start from.
+
+    Raises:
+        ConfigError: an option is outside of its range.
+    """
+
+    adapter_start_samples: int = field(
+        default=32,
+        metadata={
+            "help": "Let new adapters of low rank start as the best linear stand-ins for their blocks, found by least "
+            "squares on this many sequences of the training data. 0: they start as the identity."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check("adapter_start_samples", self.adapter_start_samples, at_least=0)
 
 
 def check_threshold(value: float) -> float:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from modcompile.artifacts import copy_routed_folder, load_routers, load_with_routers, save_routers
-from modcompile.config import BudgetConfig, LossConfig
+from modcompile.config import BudgetConfig, LossConfig, StartConfig
 from modcompile.distillation import dense_logits
+from modcompile.fit_adapters import fit_adapters
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.objective import Objective, depth_budget
 from modcompile.rewriting import describe
@@ -22,10 +24,15 @@ class DepthTraining:
 
     budget: BudgetConfig
     loss: LossConfig
+    start: Dataset | None = None
+    """What new adapters are fitted on; None leaves them as they are."""
 
     def open(self, folder: Path, device: torch.device) -> RouterTask:
         """The soft model of a routed folder."""
-        return depth_task(load_with_routers(folder, None, device=device, use_cache=False), self.budget, self.loss)
+        model = load_with_routers(folder, None, device=device, use_cache=False)
+        if self.start is not None:
+            fit_adapters(model, self.start)
+        return depth_task(model, self.budget, self.loss)
 
     def copy(self, source: Path, folder: Path, *, overwrite: bool) -> None:
         """Copy what a routed folder holds."""
@@ -36,10 +43,16 @@ class DepthTraining:
         return {"budget": asdict(self.budget), "loss": asdict(self.loss)}
 
 
+def start_rows(blocks: Dataset, config: StartConfig) -> Dataset | None:
+    """What new adapters are to be fitted on: rows that lie evenly spread over the training data, or nothing."""
+    count = min(config.adapter_start_samples, blocks.num_rows)
+    return blocks.select([index * blocks.num_rows // count for index in range(count)]) if count else None
+
+
 def depth_task(model: RoutedForCausalLM, budget: BudgetConfig, loss: LossConfig) -> RouterTask:
     """The training of a model's depth gates; evaluated is what is trained, soft.
 
-    loss = lm_weight * LM loss + distill_weight * KL + router_lambda * max(active_ratio - target_active_ratio, 0)
+    loss = lm_weight * LM loss + distill_weight * KL(dense, routed) + router_lambda * budget loss (`Budget`)
     """
     objective = Objective((depth_budget(budget),), loss.lm_weight, loss.distill_weight)
     save, load = partial(save_routers, model), partial(load_routers, model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modcompile.config import BudgetConfig
+from modcompile.config import BudgetConfig, BudgetLoss
 from modcompile.precision_config import PrecisionBudgetConfig
 from modcompile.usage import active_tokens
 
@@ -15,7 +15,14 @@ LM_LOSS, DISTILL_LOSS = "lm_loss", "distill_loss"
 
 @dataclass(frozen=True)
 class Budget:
-    """A mean over tokens and routed layers, and what is charged for it: `weight * max(mean - target, 0) / scale`."""
+    """A mean over tokens and routed layers, and what is charged for it.
+
+    With `over = (mean - target) / scale`, where the target is that of the step, the charge is `weight` times
+
+    - hinge: `max(over, 0)`
+    - squared: `over ** 2`
+    - per_layer: the mean over layers of `max(over, 0)`, each of its own mean
+    """
 
     name: str
     """Of the mean in metrics."""
@@ -24,11 +31,25 @@ class Budget:
     target: float
     scale: float
     spent: Callable[[Any], torch.Tensor]
-    """From the output of a model to a scalar: summed over tokens, the mean over layers."""
+    """From the output of a model to `[R]`: for each layer, summed over tokens."""
+    kind: BudgetLoss = "hinge"
+    warmup_ratio: float = 0.0
+    """Over which share of the steps the target falls from `scale`, all there is, to `target`."""
 
-    def penalty(self, mean: torch.Tensor) -> torch.Tensor:
-        """What a mean is charged, before the weight; the same in training and evaluation."""
-        return (mean - self.target).clamp(min=0) / self.scale
+    def target_at(self, progress: float) -> float:
+        """The target after a share of the training, in [0, 1]."""
+        left = 1 - progress / self.warmup_ratio if progress < self.warmup_ratio else 0.0
+        return self.target + (self.scale - self.target) * left
+
+    def penalty(self, means: torch.Tensor, progress: float = 1.0) -> torch.Tensor:
+        """What the means `[R]` of the layers are charged in all, before the weight.
+
+        Without `progress` against the last target, as in an evaluation.
+        """
+        over = (means - self.target_at(progress)) / self.scale
+        if self.kind == "squared":
+            return over.mean().square()
+        return over.clamp(min=0).mean() if self.kind == "per_layer" else over.mean().clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +74,9 @@ def depth_budget(config: BudgetConfig) -> Budget:
         config.router_lambda,
         config.target_active_ratio,
         1.0,
-        lambda output: _active_tokens(output).mean(),
+        _active_tokens,
+        config.budget_loss,
+        config.target_warmup_ratio,
     )
 
 
@@ -67,7 +90,7 @@ def bits_budget(config: PrecisionBudgetConfig, precisions: list[int]) -> Budget:
         config.precision_weight,
         target,
         float(max(precisions)),
-        lambda output: expected_bits(output, num_bits).mean(),
+        lambda output: expected_bits(output, num_bits),
     )
 
 

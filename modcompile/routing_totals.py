@@ -11,24 +11,21 @@ class RoutingTotals:
     def __init__(self, losses: Sequence[str], names: Sequence[str]) -> None:
         """`losses` are means over predicted tokens, `names` over all."""
         self._losses, self._names = losses, names
-        self._sums: torch.Tensor | None = None
+        self._sums: dict[str, torch.Tensor] = {}
 
-    def add(
-        self,
-        predicted: torch.Tensor,
-        tokens: torch.Tensor,
-        summed: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Add a batch, in scalars: losses summed over `predicted` tokens, and sums over all `tokens`, by name."""
-        values = [predicted, tokens, *(summed[name] for name in (*self._losses, *self._names))]
-        added = torch.stack([value.detach().float() for value in values])
-        self._sums = added if self._sums is None else self._sums + added
+    def add(self, predicted: torch.Tensor, tokens: torch.Tensor, summed: Mapping[str, torch.Tensor]) -> None:
+        """Add a batch: losses summed over `predicted` tokens, sums over all `tokens`, by name; scalars or vectors."""
+        for name, value in {**summed, _PREDICTED: predicted, _TOKENS: tokens}.items():
+            added = value.detach().float()
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> dict[str, torch.Tensor]:
         """The means since the last call, by name; NaN without any batch."""
-        names = (*self._losses, *self._names)
-        sums = torch.full((2 + len(names),), torch.nan) if self._sums is None else self._sums
-        self._sums = None
-        predicted, tokens, *summed = sums.tolist()
-        counts = [predicted] * len(self._losses) + [tokens] * len(self._names)
-        return {name: value / count for name, value, count in zip(names, summed, counts, strict=True)}
+        sums, self._sums = self._sums, {}
+        counts = dict.fromkeys(self._losses, _PREDICTED) | dict.fromkeys(self._names, _TOKENS)
+        if not sums:
+            return dict.fromkeys(counts, torch.tensor(torch.nan))
+        return {name: (sums[name] / sums[count]).cpu() for name, count in counts.items()}
+
+
+_PREDICTED, _TOKENS = "predicted tokens", "tokens"

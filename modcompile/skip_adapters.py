@@ -37,6 +37,11 @@ class LowRankAdapter(nn.Module):
         change: torch.Tensor = self.up(self.down(hidden_state))
         return hidden_state + change
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it is still the identity that it was made as."""
+        return not self.up.weight.any()
+
 
 def make_adapter(kind: SkipAdapterKind, hidden_size: int, rank: int) -> nn.Module | None:
     """A new adapter; none of the kind `none`."""

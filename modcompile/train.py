@@ -1,9 +1,9 @@
 """python -m modcompile.train: train the routers of a folder, or of a model that is rewritten or quantized first.
 
-Depth gates: loss = lm_weight * LM loss + distill_weight * KL(dense, routed)
-+ router_lambda * max(active_ratio - target_active_ratio, 0). Precisions, of a quantized
-folder or with --precisions: loss = ce_weight * LM loss + precision_weight * max(average_bits - avg_bits_target, 0) /
-(the most bits), and the term of the depth gates where there are some. The base stays frozen.
+Depth gates: loss = lm_weight * LM loss + distill_weight * KL(dense, routed) + router_lambda * budget loss, which is
+max(active_ratio - target_active_ratio, 0) unless --budget_loss says otherwise. Precisions, of a quantized folder or
+with --precisions: loss = ce_weight * LM loss + precision_weight * max(average_bits - avg_bits_target, 0) / (the most
+bits), and the budget loss of the depth gates where there are some. The base stays frozen.
 
 Routers of precisions that a folder has are trained further, with the scope, mixing and dropout that they have where no
 flag names another; another --router_scope, or --precisions that they do not know, make new ones.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import named_flags, parse_flags
@@ -41,6 +41,7 @@ _CONFIGS = (
     RouterConfig,
     BudgetConfig,
     LossConfig,
+    StartConfig,
     PrecisionFlags,
     RoundingConfig,
     PrecisionBudgetConfig,
@@ -51,13 +52,16 @@ _CONFIGS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the output folder, and train in it."""
-    model, router, budget, loss, precision, rounding, bits, data, training = parse_flags(
+    model, router, budget, loss, start, precision, rounding, bits, data, training = parse_flags(
         "modcompile.train", __doc__, None, _CONFIGS, argv
     )
     given = model.model_name_or_path
     if precision.precisions is not None or holds_precisions(Path(given)):
-        if loss != LossConfig():
-            raise ConfigError("--lm_weight and --distill_weight are for depth gates alone; see --ce_weight")
+        if (loss, start) != (LossConfig(), StartConfig()):
+            raise ConfigError(
+                "--lm_weight, --distill_weight and --adapter_start_samples are for depth gates alone; leave them out "
+                "(see --ce_weight)"
+            )
         named = named_flags(_CONFIGS, argv)
         output = train_precisions(given, precision, rounding, bits, router, budget, data, training, named)
     else:
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(
                 f"{given} is not quantized, so there is no precision to choose; give --precisions to quantize it"
             )
-        output = train_depth(given, router, budget, loss, data, training)
+        output = train_depth(given, router, budget, loss, start, data, training)
     print(f"wrote {output}")
 
 

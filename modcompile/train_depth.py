@@ -9,9 +9,9 @@ from modcompile.artifacts import is_routed_folder, read_router_config
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig
 from modcompile.data_config import DataConfig
-from modcompile.depth_training import DepthTraining
+from modcompile.depth_training import DepthTraining, start_rows
 from modcompile.errors import ConfigError
 from modcompile.rewriting import check_routed_target, check_trainable, write_rewritten
 from modcompile.training import load_training_blocks, train_routers
@@ -23,6 +23,7 @@ def train_depth(
     router: RouterConfig,
     budget: BudgetConfig,
     loss: LossConfig,
+    start: StartConfig,
     data: DataConfig,
     training: RouterTrainingArguments,
 ) -> Path:
@@ -54,7 +55,9 @@ def train_depth(
         base = load_base(source)
         set_seed(training.seed)
         write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
-    train_routers(folder, output, blocks, DepthTraining(budget, loss), training)
+    # What a checkpoint holds has been fitted.
+    rows = None if training.resume_from_checkpoint is not None else start_rows(blocks["train"], start)
+    train_routers(folder, output, blocks, DepthTraining(budget, loss, rows), training)
     return output
 
 

@@ -71,7 +71,7 @@ class RouterTrainer(Trainer):
         charged = torch.zeros_like(summed_loss)
         for budget in self._task.objective.budgets:
             spent = budget.spent(output)
-            penalty = budget.penalty(spent / tokens)
+            penalty = budget.penalty(spent / tokens, self._progress if model.training else 1.0)
             charged = charged + budget.weight * penalty
             summed |= {budget.name: spent, budget.penalty_name: penalty * tokens}
         totals = self._training if model.training else self._evaluation
@@ -85,6 +85,11 @@ class RouterTrainer(Trainer):
             loss = summed_loss / predicted + charged
         return (loss, output) if return_outputs else loss
 
+    @property
+    def _progress(self) -> float:
+        """The share of the training that is over."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps else 1.0
+
     def _divergence(self, logits: torch.Tensor, inputs: dict[str, Any], is_predicted: torch.Tensor) -> torch.Tensor:
         assert self._task.dense_logits is not None
         with self.accelerator.autocast():
@@ -94,7 +99,7 @@ class RouterTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line: of each loss, and what each budget limits and charges."""
         if "loss" in logs:
-            logs |= self._training.take()
+            logs |= _scalars(self._training.take())
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,10 +107,11 @@ class RouterTrainer(Trainer):
         self._evaluation.take()
         self.choices = PrecisionUsage()
         output = super().evaluation_loop(*args, **kwargs)
-        means = self._evaluation.take()
+        by_layer = self._evaluation.take()
+        means = _scalars(by_layer)
         means["loss"] = sum(weight * means[name] for name, weight in self._task.objective.weights.items())
         for budget in self._task.objective.budgets:
-            means[budget.penalty_name] = float(budget.penalty(torch.tensor(means[budget.name])))
+            means[budget.penalty_name] = float(budget.penalty(by_layer[budget.name]))
             means["loss"] += budget.weight * means[budget.penalty_name]
         means["perplexity"] = math.exp(min(means[LM_LOSS], _LARGEST_EXPONENT))
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -131,6 +137,11 @@ class RouterTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._task.load(Path(self.state.best_model_checkpoint))
+
+
+def _scalars(means: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of what is known for each layer, the mean."""
+    return {name: float(mean.mean()) for name, mean in means.items()}
 
 
 def _is_predicted(labels: torch.Tensor) -> torch.Tensor:

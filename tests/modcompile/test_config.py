@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig, check_threshold
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig, check_threshold
 from modcompile.errors import ConfigError
 
 
@@ -33,12 +33,16 @@ from modcompile.errors import ConfigError
         (BudgetConfig, "target_active_ratio", -0.1),
         (BudgetConfig, "target_active_ratio", 1.1),
         (BudgetConfig, "target_active_ratio", math.nan),
+        (BudgetConfig, "budget_loss", "cubed"),
+        (BudgetConfig, "target_warmup_ratio", -0.1),
+        (BudgetConfig, "target_warmup_ratio", 1.1),
         (LossConfig, "lm_weight", -1.0),
         (LossConfig, "distill_weight", math.inf),
+        (StartConfig, "adapter_start_samples", -1),
     ],
 )
 def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
-    config: type[RouterConfig | BudgetConfig | LossConfig], field: str, value: Any
+    config: type[RouterConfig | BudgetConfig | LossConfig | StartConfig], field: str, value: Any
 ) -> None:
     with pytest.raises(ConfigError, match=f"^--{field} is "):
         config(**{field: value})
@@ -59,7 +63,7 @@ def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
     ],
 )
 def test_takes_the_ends_of_a_range(
-    config: type[RouterConfig | BudgetConfig | LossConfig], field: str, value: Any
+    config: type[RouterConfig | BudgetConfig | LossConfig | StartConfig], field: str, value: Any
 ) -> None:
     assert getattr(config(**{field: value}), field) == value
 
@@ -70,8 +74,8 @@ def test_refuses_to_learn_from_nothing() -> None:
     assert LossConfig(lm_weight=0.0, distill_weight=1e-3).lm_weight == 0.0
 
 
-@pytest.mark.parametrize("config", [RouterConfig, BudgetConfig, LossConfig])
-def test_every_option_says_what_it_is(config: type[RouterConfig | BudgetConfig | LossConfig]) -> None:
+@pytest.mark.parametrize("config", [RouterConfig, BudgetConfig, LossConfig, StartConfig])
+def test_every_option_says_what_it_is(config: type[RouterConfig | BudgetConfig | LossConfig | StartConfig]) -> None:
     assert all(option.metadata["help"] for option in fields(config))
 
 

@@ -41,7 +41,12 @@ def test_what_is_trained_for_is_the_budget(task: RouterTask) -> None:
     (budget,) = task.objective.budgets
     assert (budget.name, budget.weight, budget.target) == ("active_ratio", 2.0, 0.4)
     assert _TRAINING.report(task) == {
-        "budget": {"router_lambda": 2.0, "target_active_ratio": 0.4},
+        "budget": {
+            "router_lambda": 2.0,
+            "target_active_ratio": 0.4,
+            "budget_loss": "hinge",
+            "target_warmup_ratio": 0.0,
+        },
         "loss": {"lm_weight": 1.0, "distill_weight": 0.0},
     }
 

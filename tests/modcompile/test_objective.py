@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from modcompile.config import BudgetConfig
+from modcompile.config import BudgetConfig, BudgetLoss
 from modcompile.objective import Budget, bits_budget, depth_budget, expected_bits
 from modcompile.precision_config import PrecisionBudgetConfig
 
@@ -63,7 +63,7 @@ def test_closed_gates_have_no_bits_and_padding_counts_nowhere(decided: _Decided)
 
 
 def test_bits_reach_weights_and_gates_but_not_at_padding(decided: _Decided) -> None:
-    bits_budget(PrecisionBudgetConfig(), _BITS).spent(decided).backward()
+    bits_budget(PrecisionBudgetConfig(), _BITS).spent(decided).mean().backward()
     assert decided.gates is not None
     for layer, weights in enumerate(decided.precision_weights):
         assert weights.grad is not None
@@ -115,8 +115,43 @@ def test_depth_is_the_share_of_tokens_and_layers_above_its_target(decided: _Deci
         assert _charged(budget, output) == pytest.approx(max(mean - target, 0.0))
 
 
+MEANS = torch.tensor([0.9, 0.6, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "charged"),
+    [
+        ("hinge", 0.5, 0.2 / 3),
+        ("hinge", 0.6, 0.0),
+        ("squared", 0.5, (0.2 / 3) ** 2),
+        ("squared", 0.7, (0.4 / 3) ** 2),
+        ("per_layer", 0.5, (0.4 + 0.1) / 3),
+        ("per_layer", 0.7, 0.2 / 3),
+        ("per_layer", 0.9, 0.0),
+    ],
+)
+def test_charges_of_each_kind(kind: BudgetLoss, target: float, charged: float) -> None:
+    budget = depth_budget(BudgetConfig(target_active_ratio=target, budget_loss=kind))
+    assert float(budget.penalty(MEANS)) == pytest.approx(charged, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("progress", "target"), [(0.0, 1.0), (0.1, 0.9), (0.25, 0.75), (0.5, 0.5), (0.75, 0.5), (1.0, 0.5)]
+)
+def test_the_target_falls_to_where_it_stays(progress: float, target: float) -> None:
+    budget = depth_budget(BudgetConfig(target_active_ratio=0.5, target_warmup_ratio=0.5))
+    assert budget.target_at(progress) == pytest.approx(target)
+    mean = torch.tensor([0.95])
+    assert float(budget.penalty(mean, progress)) == pytest.approx(max(0.95 - target, 0))
+    assert float(budget.penalty(mean)) == pytest.approx(0.45)
+
+
+def test_without_a_warm_up_the_target_is_that_from_the_start() -> None:
+    assert depth_budget(BudgetConfig(target_active_ratio=0.5)).target_at(0.0) == 0.5
+
+
 def test_depth_reaches_the_gates(decided: _Decided) -> None:
-    depth_budget(BudgetConfig()).spent(decided).backward()
+    depth_budget(BudgetConfig()).spent(decided).mean().backward()
     assert decided.gates is not None
     for gate in decided.gates.values():
         assert gate.grad is not None

@@ -75,6 +75,15 @@ def test_trains_adapters_to_predict_what_the_dense_model_does(base_folder: Path,
     assert all(weights[f"adapters.{layer}.up.weight"].abs().max() > 0 for layer in range(3))
     training = read_report(Path("out"))["training"]
     assert training["loss"] == {"lm_weight": 0.0, "distill_weight": 2.0}
+    # They start from what least squares found, and not from the identity.
+    main(["--model_name_or_path", str(base_folder), "--output_dir", "same", *data, *flags, "--learning_rate", "0"])
+    fitted = load_file("same/routers.safetensors")
+    main(["--model_name_or_path", "same", "--output_dir", "further", *data, "--learning_rate", "0"])
+    assert all(load_file("further/routers.safetensors")[name].equal(fitted[name]) for name in fitted)
+    other = ["--adapter_start_samples", "0", "--learning_rate", "0"]
+    main(["--model_name_or_path", str(base_folder), "--output_dir", "identity", *data, *flags, *other])
+    identity = load_file("identity/routers.safetensors")
+    assert [bool(each["adapters.1.up.weight"].any()) for each in (fitted, identity)] == [True, False]
     metrics = training["metrics"]
     expected = 2 * metrics["eval_distill_loss"] + training["budget"]["router_lambda"] * metrics["eval_budget_loss"]
     assert metrics["eval_loss"] == pytest.approx(expected)

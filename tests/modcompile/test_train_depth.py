@@ -4,14 +4,15 @@ from pathlib import Path
 import pytest
 
 from modcompile.artifacts import read_router_config
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError, DataError, OutputError
 from modcompile.train_depth import train_depth
 from modcompile.training_arguments import RouterTrainingArguments
 from tests.folder_contents import contents
 
-_ROUTER, _BUDGET = RouterConfig(router_hidden_size=8, router_pattern="every_other"), BudgetConfig()
+_ROUTER = RouterConfig(router_hidden_size=8, router_pattern="every_other")
+_LEARNING = (BudgetConfig(), LossConfig(), StartConfig())
 
 
 def _arguments(output: Path | None, *, resume: str | None = None) -> RouterTrainingArguments:
@@ -35,14 +36,14 @@ def test_goes_on_only_with_the_routers_that_are_there(
     """Flags of routers may be left out, or say what the folder holds."""
     other = RouterConfig(router_hidden_size=9)
     out = tmp_path / "out"
-    assert train_depth(str(routed_folder), _ROUTER, _BUDGET, LossConfig(), data, _arguments(out)) == out
+    assert train_depth(str(routed_folder), _ROUTER, *_LEARNING, data, _arguments(out)) == out
     assert read_router_config(out) == _ROUTER
     before = contents(out)
     with pytest.raises(ConfigError, match=r"out has routers of its own .*; leave the router flags out"):
-        train_depth(str(base_folder), other, _BUDGET, LossConfig(), data, _arguments(out, resume="true"))
+        train_depth(str(base_folder), other, *_LEARNING, data, _arguments(out, resume="true"))
     assert contents(out) == before
     # Of a training that is over, nothing is left to do.
-    train_depth(str(base_folder), RouterConfig(), _BUDGET, LossConfig(), data, _arguments(out, resume="true"))
+    train_depth(str(base_folder), RouterConfig(), *_LEARNING, data, _arguments(out, resume="true"))
     assert contents(out)["routers.safetensors"] == before["routers.safetensors"]
 
 
@@ -53,7 +54,7 @@ def test_keeps_the_checkpoints_of_a_training_that_was_cut_short(
     (folder / "checkpoint-1").mkdir()
     for model in (folder, routed_folder):
         with pytest.raises(OutputError, match="holds trained routers"):
-            train_depth(str(model), RouterConfig(), _BUDGET, LossConfig(), data, _arguments(folder))
+            train_depth(str(model), RouterConfig(), *_LEARNING, data, _arguments(folder))
     assert (folder / "checkpoint-1").is_dir()
 
 
@@ -65,5 +66,5 @@ def test_a_model_without_a_tokenizer_writes_nothing(
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(DataError, match="the model has no tokenizer"):
-        train_depth(str(folder), RouterConfig(), _BUDGET, LossConfig(), data, _arguments(tmp_path / "out"))
+        train_depth(str(folder), RouterConfig(), *_LEARNING, data, _arguments(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import default_data_collator
 
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, BudgetLoss, LossConfig, RouterConfig
 from modcompile.depth_training import depth_task
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
@@ -139,6 +139,40 @@ def test_learns_from_the_text_and_from_the_dense_model(
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert ("eval_distill_loss" in metrics) == bool(distill_weight)
+
+
+@pytest.mark.parametrize("kind", ["squared", "per_layer"])
+def test_charges_as_the_budget_says(routed: RoutedForCausalLM, tmp_path: Path, kind: BudgetLoss) -> None:
+    """In an evaluation of all rows together, however many a batch has."""
+    batch = _batch(_blocks(4))
+    lm_loss, active_ratio, _ = _expected(routed, batch, 0.0)
+    with torch.no_grad():
+        output = routed(**batch)
+    tokens = batch["attention_mask"].sum()
+    by_layer = [float(gate.squeeze(-1)[output.tokens].sum() / tokens) for gate in output.gates]
+    target = sorted(by_layer)[1] - 0.01
+    charged = {
+        "squared": (active_ratio - target) ** 2,
+        "per_layer": sum(max(ratio - target, 0) for ratio in by_layer) / len(by_layer),
+    }[kind]
+    budget = BudgetConfig(2.0, target, budget_loss=kind)
+    trainer = _trainer(routed, tmp_path, budget, _blocks(4), per_device_eval_batch_size=3)
+    assert trainer.compute_loss(routed, batch).item() == pytest.approx(lm_loss + 2.0 * charged, rel=1e-5)
+    metrics = trainer.evaluate()
+    assert metrics["eval_budget_loss"] == pytest.approx(charged, rel=1e-4)
+    assert metrics["eval_active_ratio"] == pytest.approx(active_ratio, rel=1e-5)
+
+
+def test_the_target_falls_step_by_step(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    """With a learning rate of 0 the active ratio stays, and what it is charged grows."""
+    active_ratio = _expected(routed, _batch(_blocks(4)), 0.0)[1]
+    budget = BudgetConfig(1.0, 0.0, target_warmup_ratio=0.5)
+    arguments: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.0, "per_device_train_batch_size": 4}
+    trainer = _trainer(routed, tmp_path, budget, _blocks(4), **arguments)
+    trainer.train()
+    charged = [line["budget_loss"] for line in trainer.state.log_history if "budget_loss" in line]
+    expected = [max(active_ratio - target, 0) for target in (1.0, 0.5, 0.0, 0.0)]
+    assert charged == pytest.approx(expected, rel=1e-4)
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> float:

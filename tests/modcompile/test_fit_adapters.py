@@ -1,0 +1,129 @@
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from modcompile.config import RouterConfig
+from modcompile.fit_adapters import fit_adapters
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.routed_graph import build_routed
+from modcompile.skip_adapters import LowRankAdapter, ScaleAdapter
+from modcompile.tracing import find_layers
+from tests.tiny_models import HIDDEN_SIZE
+from tests.tiny_routed import tiny_base
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Dataset:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (16, 32))
+    mask = (torch.arange(32) < torch.tensor([32, 20]).repeat(8).unsqueeze(1)).long()
+    columns = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return Dataset.from_dict({name: tensor.tolist() for name, tensor in columns.items()})
+
+
+def _model(rank: int, *, blocks_per_gate: int = 1) -> RoutedForCausalLM:
+    config = RouterConfig(
+        router_hidden_size=0,
+        skip_adapter="low_rank",
+        adapter_rank=rank,
+        router_start=1,
+        blocks_per_gate=blocks_per_gate,
+    )
+    return build_routed(tiny_base(), config, use_cache=False)
+
+
+@torch.no_grad()
+def _seen(model: RoutedForCausalLM, blocks: Dataset, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of the tokens before and after a layer, `[N, H]`, each divided by its size before."""
+    batch = blocks.with_format("torch")[:]
+    output = model.base(batch["input_ids"], batch["attention_mask"], output_hidden_states=True, use_cache=False)
+    # What the last layer returns is only given normed: here it is not asked for.
+    before, after = (output.hidden_states[index][batch["attention_mask"] == 1] for index in (layer, layer + 1))
+    size = before.square().mean(-1, keepdim=True).sqrt()
+    return before / size, after / size
+
+
+def _error(adapter: nn.Module, before: torch.Tensor, after: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((after - adapter(before)).square().sum())
+
+
+@pytest.mark.parametrize("rank", [1, 4, HIDDEN_SIZE])
+def test_no_linear_map_of_its_rank_is_nearer(blocks: Dataset, rank: int) -> None:
+    """Than by 1 % for the ridge; each is improved on by gradient descent from where it is, in vain."""
+    model = _model(rank)
+    fit_adapters(model, blocks, batch_size=3)
+    before, after = _seen(model, blocks, 1)
+    adapter = model.adapters[1]
+    assert isinstance(adapter, LowRankAdapter)
+    fitted = _error(adapter, before, after)
+    assert fitted < 0.95 * _error(nn.Identity(), before, after)
+    optimizer = torch.optim.LBFGS(adapter.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (after - adapter(before)).square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    assert _error(adapter, before, after) > 0.99 * fitted
+
+
+def test_more_rank_is_nearer(blocks: Dataset) -> None:
+    errors = []
+    for rank in (1, 2, 8, HIDDEN_SIZE):
+        model = _model(rank)
+        fit_adapters(model, blocks)
+        errors.append(_error(model.adapters[1], *_seen(model, blocks, 1)))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_neither_batches_nor_padding_matter(blocks: Dataset) -> None:
+    weights = []
+    cut = [
+        {name: row[name][: sum(row["attention_mask"])] for name in ("input_ids", "attention_mask", "labels")}
+        for row in blocks
+    ]
+    for rows, batch_size in ((blocks, 1), (blocks, 5), (Dataset.from_list(cut), 1)):
+        model = _model(4)
+        fit_adapters(model, rows, batch_size=batch_size)
+        adapter = model.adapters[2]
+        assert isinstance(adapter, LowRankAdapter)
+        weights.append((adapter.up.weight @ adapter.down.weight).detach())
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-4)
+
+
+def test_fits_the_members_of_a_group_each_by_itself(blocks: Dataset) -> None:
+    alone, grouped = _model(4), _model(4, blocks_per_gate=2)
+    for model in (alone, grouped):
+        fit_adapters(model, blocks)
+    for layer in (1, 2):
+        torch.testing.assert_close(
+            grouped.adapters[layer].state_dict(), alone.adapters[layer].state_dict(), rtol=0, atol=1e-5
+        )
+
+
+def test_what_is_fitted_or_trained_stays(blocks: Dataset) -> None:
+    model = _model(4)
+    fit_adapters(model, blocks)
+    fitted = {layer: copy.deepcopy(adapter.state_dict()) for layer, adapter in model.adapters.items()}
+    fit_adapters(model, blocks.select([3]))
+    for layer, adapter in model.adapters.items():
+        torch.testing.assert_close(adapter.state_dict(), fitted[layer], rtol=0, atol=0)
+
+
+def test_leaves_everything_else_alone(blocks: Dataset) -> None:
+    model = build_routed(tiny_base(), RouterConfig(router_hidden_size=0, skip_adapter="scale"), use_cache=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit_adapters(model, blocks)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert all(isinstance(adapter, ScaleAdapter) for adapter in model.adapters.values())
+    fitted = _model(4)
+    fit_adapters(fitted, blocks)
+    assert not any(layer._forward_hooks for layer in find_layers(fitted.base))
+    torch.testing.assert_close(dict(fitted.base.state_dict()), dict(tiny_base().state_dict()), rtol=0, atol=0)
