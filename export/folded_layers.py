@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from modcompile.layer_ranges import layers_of, name_of
+from modcompile.layer_ranges import layers_in, name_of
 
 ALWAYS_ACTIVE, ALWAYS_SKIPPED = "modcompile.always_active", "modcompile.always_skipped"
 
@@ -15,15 +15,3 @@ def told_layers(metadata: Mapping[str, str], key: str) -> frozenset[int]:
 def names_of(gates: Iterable[range]) -> str:
     """From the layers of gates to a list such as `0-3,7`."""
     return ",".join(map(name_of, gates))
-
-
-def layers_in(names: str) -> list[int]:
-    """From such a list to the layers.
-
-    Raises:
-        ValueError: it is no such list.
-    """
-    spans = [layers_of(name) for name in names.split(",")]
-    if not all(spans):
-        raise ValueError(f"a span of {names!r} ends before it begins")
-    return [layer for span in spans for layer in span]

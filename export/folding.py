@@ -7,8 +7,8 @@ from typing import TypeVar
 from torch import fx
 
 from modcompile.errors import ConfigError
-from modcompile.export.folded_layers import ALWAYS_ACTIVE, ALWAYS_SKIPPED, layers_in, names_of
-from modcompile.layer_ranges import name_of
+from modcompile.export.folded_layers import ALWAYS_ACTIVE, ALWAYS_SKIPPED, names_of
+from modcompile.layer_ranges import layers_in, name_of
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.passes import harden_gates, lower_gates
 from modcompile.passes.fold_gates import fold_gates

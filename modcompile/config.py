@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from modcompile.errors import ConfigError
+from modcompile.layer_ranges import layers_in, runs_of
 
 GateKind = Literal["soft", "straight_through"]
 BudgetLoss = Literal["hinge", "squared", "per_layer"]
@@ -58,6 +59,9 @@ class RouterConfig:
     router_stop: int | None = field(
         default=None, metadata={"help": "Layer before which the range ends (by default the number of layers)."}
     )
+    router_layers: str | None = field(
+        default=None, metadata={"help": "Of these layers, a list such as 2-10,12, route only those in this list."}
+    )
     lock_first_layers: int = field(
         default=0, metadata={"help": "Leave this many layers at the bottom of the model unrouted, always executed."}
     )
@@ -101,6 +105,8 @@ class RouterConfig:
         check("adapter_rank", self.adapter_rank, at_least=1)
         check_choice("gate", self.gate, tuple(INIT_BIAS))
         check_choice("skip_adapter", self.skip_adapter, ("none", "scale", "low_rank"))
+        if self.router_layers is not None:
+            _layers_in(self.router_layers)
         if self.blocks_per_gate > 1 and self.router_pattern == "every_other":
             raise ConfigError(
                 f"--blocks_per_gate {self.blocks_per_gate} is for consecutive layers, and --router_pattern every_other "
@@ -129,24 +135,33 @@ class RouterConfig:
             )
         step = 1 if self.router_pattern == "all" else 2
         free = range(self.lock_first_layers, num_layers - self.lock_last_layers)
-        layers = [layer for layer in range(self.router_start, stop, step) if layer in free]
+        listed = set(range(num_layers)) if self.router_layers is None else _layers_in(self.router_layers)
+        if unknown := listed - set(range(num_layers)):
+            raise ConfigError(
+                f"--router_layers {self.router_layers} names layer {min(unknown)}, but this model has the layers 0 to "
+                f"{num_layers - 1}"
+            )
+        layers = [layer for layer in range(self.router_start, stop, step) if layer in free and layer in listed]
         if not layers:
+            only = "" if self.router_layers is None else f", of the layers {self.router_layers}"
             raise ConfigError(
                 f"no layer is left to route: layers {self.router_start} to {stop - 1}, without the first "
-                f"{self.lock_first_layers} and the last {self.lock_last_layers} of {num_layers}; widen the range or "
-                "lock fewer"
+                f"{self.lock_first_layers} and the last {self.lock_last_layers} of {num_layers}{only}; widen the range "
+                "or lock fewer"
             )
         return layers
 
     def gated_layers(self, num_layers: int) -> list[range]:
-        """For each gate, in order, the layers that it executes or skips together: `blocks_per_gate`, or what is left.
+        """For each gate, in order, the layers that it executes or skips together.
+
+        These are `blocks_per_gate`, or what is left of consecutive ones.
 
         Raises:
             ConfigError: the range lies outside of the model, or selects nothing.
         """
-        layers = self.routed_layers(num_layers)
-        groups = [layers[start:][: self.blocks_per_gate] for start in range(0, len(layers), self.blocks_per_gate)]
-        return [range(group[0], group[-1] + 1) for group in groups]
+        size = self.blocks_per_gate
+        runs = runs_of(self.routed_layers(num_layers))
+        return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
 
 
 @dataclass(frozen=True)
@@ -224,6 +239,13 @@ class StartConfig:
 
     def __post_init__(self) -> None:
         check("adapter_start_samples", self.adapter_start_samples, at_least=0)
+
+
+def _layers_in(names: str) -> set[int]:
+    try:
+        return set(layers_in(names))
+    except ValueError:
+        raise ConfigError(f"--router_layers is {names!r}; it must be a list of layers such as 2-10,12") from None
 
 
 def check_threshold(value: float) -> float:

@@ -98,6 +98,9 @@ def test_initial_bias_depends_on_the_gate_unless_it_is_given(gate: Any, bias: fl
         # A lock takes layers away, and does not move the pattern.
         ({"router_pattern": "every_other", "lock_first_layers": 1}, [2, 4]),
         ({"router_start": 1, "router_stop": 5, "lock_first_layers": 3}, [3, 4]),
+        ({"router_layers": "1-3,5"}, [1, 2, 3, 5]),
+        ({"router_layers": "5,0-1,1"}, [0, 1, 5]),
+        ({"router_layers": "0-3", "lock_first_layers": 1, "router_pattern": "every_other"}, [2]),
     ],
 )
 def test_routed_layers(options: dict[str, Any], layers: list[int]) -> None:
@@ -114,6 +117,7 @@ def test_routed_layers(options: dict[str, Any], layers: list[int]) -> None:
         ({"blocks_per_gate": 9}, [[0, 1, 2, 3, 4, 5]]),
         ({"blocks_per_gate": 3, "lock_first_layers": 1, "lock_last_layers": 1}, [[1, 2, 3], [4]]),
         ({"blocks_per_gate": 2, "router_start": 2, "router_stop": 5}, [[2, 3], [4]]),
+        ({"blocks_per_gate": 2, "router_layers": "0-2,4-5"}, [[0, 1], [2], [4, 5]]),
     ],
 )
 def test_gates_take_consecutive_layers_and_the_last_what_is_left(
@@ -143,10 +147,22 @@ def test_refuses_a_range_outside_of_the_model(options: dict[str, Any]) -> None:
         RouterConfig(**options).routed_layers(6)
 
 
+@pytest.mark.parametrize("names", ["", "a", "3-1", "1,", "1;2", "-1"])
+def test_refuses_what_is_no_list_of_layers(names: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--router_layers is .*; it must be a list of layers such as 2-10,12$"):
+        RouterConfig(router_layers=names)
+
+
+def test_refuses_layers_that_the_model_does_not_have() -> None:
+    with pytest.raises(ConfigError, match=r"^--router_layers 4-7 names layer 6, but this model has the layers 0 to 5$"):
+        RouterConfig(router_layers="4-7").routed_layers(6)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"lock_first_layers": 6},
+        {"router_layers": "0", "router_start": 1},
         {"lock_first_layers": 3, "lock_last_layers": 3},
         {"router_stop": 2, "lock_first_layers": 2},
         {"router_start": 4, "lock_last_layers": 2},
