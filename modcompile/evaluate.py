@@ -1,6 +1,7 @@
 """python -m modcompile.evaluate DIR: what the routers of a folder score on a text, beside what they are to beat.
 
-Routed: perplexity, loss and active ratio, dense, soft and hard. Quantized: perplexity and bits of the router, of every
+Routed: perplexity, loss and active ratio, dense, soft and hard; with --sweep, at several shares of the work, beside
+static and random skipping, plotted in DIR/sweep.png. Quantized: perplexity and bits of the router, of every
 precision, and of the best static allocations; plotted in DIR/precisions.png. Depth gates decide for the router alone,
 hard.
 
@@ -54,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _refuse(config: Any, why: str, *, but: str | None = None) -> None:
     """Raise a ConfigError that names the flags that were given, if any, `but` for one that is taken."""
+    default = type(config)()
     given = [
         f"--{field.name}"
         for field in fields(config)
-        if field.name != but and getattr(config, field.name) != field.default
+        if field.name != but and getattr(config, field.name) != getattr(default, field.name)
     ]
     if given:
         raise ConfigError(f"{why}: leave out {', '.join(given)}")

@@ -8,12 +8,21 @@ from typing import Any
 from modcompile.artifacts import load_with_routers, read_router_config
 from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold, threshold_for
 from modcompile.config import GateKind, check
+from modcompile.depth_sweep import Sweep, sweep_depth
 from modcompile.devices import fastest_device
-from modcompile.evaluation_text import EvaluationTextConfig, describe_text, load_evaluation_blocks, text_as_json
-from modcompile.perplexity import Evaluation, evaluate_model
+from modcompile.evaluation_text import (
+    EvaluationTextConfig,
+    describe_text,
+    load_calibration_blocks,
+    load_evaluation_blocks,
+    text_as_json,
+)
+from modcompile.perplexity import Evaluation, Measurement, evaluate_model
 from modcompile.progress import show_elapsed
+from modcompile.sweep_plot import plot_sweep
 
 _WIDTH = 100
+SWEEP_PLOT = "sweep.png"
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,33 @@ class DepthEvaluationConfig:
         },
     )
     batch_size: int = field(default=4, metadata={"help": "Sequences in a call of the model."})
+    sweep: bool = field(
+        default=False,
+        metadata={
+            "help": "Also measure what the routers lose at each of sweep_active_ratios, beside the best gates to close "
+            "for all tokens, and random ones; plotted in DIR/sweep.png."
+        },
+    )
+    sweep_active_ratios: list[float] = field(
+        default_factory=lambda: [0.95, 0.9, 0.8, 0.7],
+        metadata={"help": "Shares of (token, routed layer) pairs, in [0, 1] (default: 0.95 0.9 0.8 0.7)."},
+    )
+    sweep_samples: int = field(
+        default=8,
+        metadata={
+            "help": "In a sweep, thresholds and gates are chosen on so many sequences of the built-in validation split."
+        },
+    )
+    static_candidates: int = field(
+        default=6,
+        metadata={"help": "In a sweep, how many gates are tried for each further one to close; the cheapest alone."},
+    )
 
     def __post_init__(self) -> None:
+        for ratio in self.sweep_active_ratios:
+            check("sweep_active_ratios", ratio, at_least=0, at_most=1)
+        check("sweep_samples", self.sweep_samples, at_least=1)
+        check("static_candidates", self.static_candidates, at_least=1)
         check_hard_threshold(self.hard_threshold)
         check("batch_size", self.batch_size, at_least=1)
 
@@ -55,11 +89,41 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         model = load_with_routers(folder, thresholds, device=fastest_device(), use_cache=False)
     evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
     print(_table(evaluation, config, gate, text))
+    swept = {}
+    if config.sweep:
+        calibration = load_calibration_blocks(text, folder, config.sweep_samples)
+        sweep = sweep_depth(
+            model,
+            blocks,
+            calibration,
+            config.sweep_active_ratios,
+            candidates=config.static_candidates,
+            batch_size=config.batch_size,
+            seed=text.seed,
+        )
+        print(_sweep_table(sweep))
+        plot_sweep(sweep, folder / SWEEP_PLOT)
+        print(f"plotted in {folder / SWEEP_PLOT}")
+        swept = {"sweep": {name: [_as_json(point) for point in points] for name, points in sweep.ways.items()}}
     return {
+        **swept,
         **text_as_json(text, evaluation.sequences, evaluation.predicted_tokens),
         "hard_threshold": thresholds,
-        **{mode: {"perplexity": measured.perplexity, **vars(measured)} for mode, measured in evaluation.modes.items()},
+        **{mode: _as_json(measured) for mode, measured in evaluation.modes.items()},
     }
+
+
+def _as_json(measured: Measurement) -> dict[str, Any]:
+    return {"perplexity": measured.perplexity, **vars(measured)}
+
+
+def _sweep_table(sweep: Sweep) -> str:
+    lines = [f"{'':23}  {'active ratio':>12}  {'perplexity':>10}  against dense"]
+    for name, points in sweep.ways.items():
+        for point in points:
+            against = point.perplexity / sweep.dense.perplexity
+            lines.append(f"{name:23}  {point.active_ratio:12.3f}  {point.perplexity:10.3f}  {against:.3f} x")
+    return "\n".join(lines)
 
 
 def _table(evaluation: Evaluation, config: DepthEvaluationConfig, gate: GateKind, text: EvaluationTextConfig) -> str:

@@ -73,14 +73,34 @@ def evaluate_model(
     return Evaluation(**measured, hard_threshold=threshold, sequences=blocks.num_rows, predicted_tokens=predicted)
 
 
+def measure(
+    model: RoutedForCausalLM,
+    blocks: Dataset,
+    hard_threshold: float | Sequence[float] | None,
+    *,
+    batch_size: int = 4,
+) -> Measurement:
+    """One mode of `model` on `blocks`, soft with None; its router mode and usage stay as they were.
+
+    Raises:
+        ConfigError: a threshold is negative, infinite or not a number.
+        DataError: there is no token to predict, or one that the model does not have.
+    """
+    predicted = count_predicted_tokens(blocks, model.config.vocab_size)
+    with restored_routing(model), eval_mode(model):
+        model.set_router_mode(hard_threshold)
+        return _measure(model, blocks, batch_size, predicted)
+
+
 @torch.no_grad()
 def _measure(
-    model: RoutedForCausalLM, blocks: Dataset, batch_size: int, predicted: int, bar: "tqdm[Any]"
+    model: RoutedForCausalLM, blocks: Dataset, batch_size: int, predicted: int, bar: "tqdm[Any] | None" = None
 ) -> Measurement:
     model.reset_usage()
     loss = 0.0
     for batch in batches(blocks, batch_size, model.device):
         output = model(batch["input_ids"], batch["attention_mask"], use_cache=False)
         loss += summed_loss(output.logits, batch["labels"])
-        bar.update(len(batch["labels"]))
+        if bar is not None:
+            bar.update(len(batch["labels"]))
     return Measurement(loss / predicted, model.active_ratio, model.active_ratio_per_layer)

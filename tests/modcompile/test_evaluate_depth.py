@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 
 from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
 from modcompile.evaluate import main
@@ -112,3 +113,26 @@ def test_missing_parts_are_named(own_folder: Path, remove: str, error: type[Modc
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(error, match=message):
         main([str(own_folder), *FAST])
+
+
+def test_sweeps_over_shares_of_the_work(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--sweep", "--sweep_active_ratios", "0.5", "--sweep_samples", "2", "--static_candidates", "1"]
+    main([str(own_folder), *flags, *FAST])
+    swept = json.loads((own_folder / "report.json").read_text())["evaluation"]["sweep"]
+    assert list(swept) == ["router", "static", "random"]
+    (router,) = swept["router"]
+    assert router["active_ratio"] == pytest.approx(0.5, abs=0.05)
+    dense = json.loads((own_folder / "report.json").read_text())["evaluation"]["dense"]["perplexity"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:-1]] == list(swept)
+    assert lines[-4].split()[-2:] == [f"{router['perplexity'] / dense:.3f}", "x"]
+    assert lines[-1] == f"plotted in {own_folder / 'sweep.png'}"
+    assert imread(own_folder / "sweep.png").ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("sweep_active_ratios", "1.5"), ("sweep_samples", "0"), ("static_candidates", "0")]
+)
+def test_refuses_a_sweep_that_is_none(own_folder: Path, flag: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--{flag} is "):
+        main([str(own_folder), "--sweep", f"--{flag}", value])
