@@ -1,6 +1,6 @@
 """What a line of training or evaluation metrics is made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -19,9 +19,12 @@ class RoutingTotals:
             added = value.detach().float()
             self._sums[name] = self._sums[name] + added if name in self._sums else added
 
-    def take(self) -> dict[str, torch.Tensor]:
-        """The means since the last call, by name; NaN without any batch."""
-        sums, self._sums = self._sums, {}
+    def take(self, summed: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> dict[str, torch.Tensor]:
+        """The means since the last call, by name; NaN without any batch.
+
+        `summed` adds up a tensor over the processes that train together.
+        """
+        sums, self._sums = {name: summed(value) for name, value in self._sums.items()}, {}
         counts = dict.fromkeys(self._losses, _PREDICTED) | dict.fromkeys(self._names, _TOKENS)
         if not sums:
             return dict.fromkeys(counts, torch.tensor(torch.nan))

@@ -1,5 +1,6 @@
 """Train depth gates from the command line: find the folder, or make it, and train in it."""
 
+from functools import partial
 from pathlib import Path
 
 from datasets import DatasetDict
@@ -13,6 +14,7 @@ from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfi
 from modcompile.data_config import DataConfig
 from modcompile.depth_training import DepthTraining, start_rows
 from modcompile.errors import ConfigError
+from modcompile.first_process import in_first_process
 from modcompile.rewriting import check_routed_target, check_trainable, write_rewritten
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
@@ -41,20 +43,22 @@ def train_depth(
     if training.resume_from_checkpoint is not None:
         blocks = _blocks_for(output, router, data)
     elif routed:
-        if output.resolve() == given.resolve():
-            check_trainable(output, overwrite=overwrite)
-        else:
-            check_routed_target(output, overwrite=overwrite)
+        check = check_trainable if output.resolve() == given.resolve() else check_routed_target
+        in_first_process(training, partial(check, output, overwrite=overwrite))
         folder = given
         blocks = _blocks_for(given, router, data)
     else:
-        check_routed_target(output, overwrite=overwrite)
+        in_first_process(training, partial(check_routed_target, output, overwrite=overwrite))
         # The data before the model, which takes longer.
         tokenizer = load_tokenizer(source)
         blocks = load_training_blocks(data, tokenizer, load_config(source, fetch_checkpoint(source)))
-        base = load_base(source)
-        set_seed(training.seed)
-        write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
+
+        def rewrite() -> None:
+            base = load_base(source)
+            set_seed(training.seed)
+            write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
+
+        in_first_process(training, rewrite)
     # What a checkpoint holds has been fitted.
     rows = None if training.resume_from_checkpoint is not None else start_rows(blocks["train"], start)
     train_routers(folder, output, blocks, DepthTraining(budget, loss, rows), training)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from modcompile.distillation import summed_divergence
@@ -23,8 +24,8 @@ class RouterTrainer(Trainer):
     """Trains the routers of a model on batches of `input_ids`, `attention_mask` and `labels`, `[B, T]`.
 
     The loss is that of the task's objective; what its budgets limit are means over routed layers and tokens that are
-    not padding. Accumulated batches give the gradient of one large batch, as long as each is on the same side of a
-    budget's target: a batch can't see the means of the others.
+    not padding. Accumulated batches, and those of several processes, give the gradient of one large batch, as long as
+    each is on the same side of a budget's target: a batch can't see the means of the others.
 
     `choices` are those of the routers of precisions in the last evaluation, if the task has some.
     """
@@ -40,7 +41,7 @@ class RouterTrainer(Trainer):
         self._tokens_of_update = torch.ones(())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:
-        """The batches of one update, and how many tokens they predict in all.
+        """The batches of one update, and how many tokens they predict in all, those of other processes included.
 
         Counted here, as transformers 4.57 would count the first label of a row, which nothing predicts.
         """
@@ -48,8 +49,10 @@ class RouterTrainer(Trainer):
         if not batches:
             return batches, None
         device = self.args.device
-        self._tokens_of_update = _total([batch["attention_mask"] != 0 for batch in batches]).to(device)
-        return batches, _total([_is_predicted(batch["labels"]) for batch in batches]).to(device)
+        tokens = _total([batch["attention_mask"] != 0 for batch in batches])
+        predicted = _total([_is_predicted(batch["labels"]) for batch in batches])
+        self._tokens_of_update, of_update = self._summed(torch.stack([tokens, predicted]).to(device)).unbind()
+        return batches, of_update
 
     def compute_loss(
         self,
@@ -80,10 +83,23 @@ class RouterTrainer(Trainer):
             self.choices.update(self._task.chosen_bits(output), output.tokens)
         if model.training and num_items_in_batch is not None:
             share = tokens / self._tokens_of_update
-            loss = summed_loss / num_items_in_batch + charged * share
+            # Gradients are averaged over processes, and are to be added up.
+            loss = (summed_loss / num_items_in_batch + charged * share) * self.args.world_size
         else:
             loss = summed_loss / predicted + charged
         return (loss, output) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Of the whole data, in every process: shares of it would be made equal by repeating rows."""
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def _summed(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes that train together."""
+        total: torch.Tensor = self.accelerator.reduce(value, "sum")
+        return total
 
     @property
     def _progress(self) -> float:
@@ -99,7 +115,7 @@ class RouterTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line: of each loss, and what each budget limits and charges."""
         if "loss" in logs:
-            logs |= _scalars(self._training.take())
+            logs |= _scalars(self._training.take(self._summed))
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

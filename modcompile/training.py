@@ -12,6 +12,7 @@ from modcompile.artifacts import update_report
 from modcompile.data_config import DataConfig
 from modcompile.disk_errors import output_errors
 from modcompile.errors import DataError
+from modcompile.first_process import in_first_process
 from modcompile.packing import load_blocks
 from modcompile.progress import show_elapsed
 from modcompile.router_task import RouterTask
@@ -71,7 +72,8 @@ def train_routers(
     set_seed(training.seed)
     with show_elapsed("loading and tracing"):
         task = kind.open(folder, training.device)
-    print(task.description)
+    if training.process_index == 0:
+        print(task.description)
     trainer = RouterTrainer(
         task,
         args=training,
@@ -79,13 +81,17 @@ def train_routers(
         eval_dataset=blocks["validation"],
         data_collator=default_data_collator,
     )
+
+    def prepare() -> None:
+        if output.resolve() != folder.resolve():
+            kind.copy(folder, output, overwrite=training.overwrite_output_dir)
+        if checkpoint is None:
+            with output_errors(output):
+                for earlier in training_checkpoints(output):
+                    shutil.rmtree(earlier)
+
     # Nothing is written before it is known that all of the above can be used.
-    if output.resolve() != folder.resolve():
-        kind.copy(folder, output, overwrite=training.overwrite_output_dir)
-    if checkpoint is None:
-        with output_errors(output):
-            for earlier in training_checkpoints(output):
-                shutil.rmtree(earlier)
+    in_first_process(training, prepare)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     report = {**kind.report(task), "steps": result.global_step, "parameters": share_of_parameters(task.model)}
     # Before the evaluation, which may be interrupted, or bring the routers to another dtype (--bf16_full_eval).

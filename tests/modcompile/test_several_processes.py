@@ -1,0 +1,61 @@
+"""Trainings of two processes, as `torchrun` starts them on a machine without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modcompile.artifacts import read_report
+from modcompile.train import main
+
+_FLAGS = (
+    *("--sequence_length", "16", "--max_train_steps", "3", "--logging_steps", "1", "--save_strategy", "no"),
+    *("--max_eval_samples", "3", "--learning_rate", "0.05", "--skip_adapter", "low_rank", "--distill_weight", "1"),
+    *("--router_lambda", "2", "--target_active_ratio", "0", "--budget_loss", "per_layer", "--gate", "soft"),
+    *("--lr_scheduler_type", "constant", "--adapter_start_samples", "2", "--use_cpu"),
+)
+
+
+def _train_in_two_processes(argv: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, "-m", "modcompile.train", *argv],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("start", ["base", "routed"])
+def test_two_processes_train_what_one_does(
+    base_folder: Path, routed_folder: Path, train_file: Path, tmp_path: Path, start: str
+) -> None:
+    """Each has half of every batch; rows differ in length."""
+    model = base_folder if start == "base" else routed_folder
+    flags = [flag for flag in _FLAGS if start == "base" or flag not in ("--skip_adapter", "low_rank")]
+    if start == "routed":
+        flags = [flag for flag in flags if flag not in ("--gate", "soft")]
+    argv = ["--model_name_or_path", str(model), "--train_file", str(train_file), *flags]
+    one, two = tmp_path / "one", tmp_path / "two"
+    main([*argv, "--output_dir", str(one), "--per_device_train_batch_size", "4"])
+    _train_in_two_processes([*argv, "--output_dir", str(two), "--per_device_train_batch_size", "2"])
+    expected, actual, before = (
+        load_file(folder / "routers.safetensors") for folder in (one, two, routed_folder if start == "routed" else one)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+    if start == "routed":
+        assert any(not actual[name].equal(before[name]) for name in actual)
+    else:
+        assert all(actual[f"adapters.{layer}.up.weight"].any() for layer in range(3))
+    reports = [read_report(folder)["training"] for folder in (one, two)]
+    for line, other in zip(*(report["history"] for report in reports), strict=True):
+        for name in ("lm_loss", "active_ratio", "eval_lm_loss", "eval_active_ratio", "eval_distill_loss", "loss"):
+            assert (name in line) == (name in other)
+            if name in line:
+                assert other[name] == pytest.approx(line[name], rel=1e-3)
