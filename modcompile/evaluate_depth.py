@@ -19,10 +19,12 @@ from modcompile.evaluation_text import (
 )
 from modcompile.perplexity import Evaluation, Measurement, evaluate_model
 from modcompile.progress import show_elapsed
+from modcompile.required_tokenizer import required_tokenizer
+from modcompile.route_map import find_routes, plot_routes
 from modcompile.sweep_plot import plot_sweep
 
 _WIDTH = 100
-SWEEP_PLOT = "sweep.png"
+SWEEP_PLOT, ROUTES_PLOT = "sweep.png", "routes.png"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,16 @@ class DepthEvaluationConfig:
         metadata={"help": "In a sweep, how many gates are tried for each further one to close; the cheapest alone."},
     )
 
+    route_map_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "Draw which layers so many tokens of the first sequence used, at the hard threshold, with the text "
+            "along it, in DIR/routes.png."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check("route_map_tokens", self.route_map_tokens, at_least=0)
         for ratio in self.sweep_active_ratios:
             check("sweep_active_ratios", ratio, at_least=0, at_most=1)
         check("sweep_samples", self.sweep_samples, at_least=1)
@@ -89,6 +100,11 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         model = load_with_routers(folder, thresholds, device=fastest_device(), use_cache=False)
     evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
     print(_table(evaluation, config, gate, text))
+    if config.route_map_tokens:
+        first = blocks[0]
+        ids = first["input_ids"][: min(sum(first["attention_mask"]), config.route_map_tokens)]
+        plot_routes(find_routes(model, required_tokenizer(folder), ids, thresholds), folder / ROUTES_PLOT)
+        print(f"routes of {len(ids)} tokens plotted in {folder / ROUTES_PLOT}")
     swept = {}
     if config.sweep:
         calibration = load_calibration_blocks(text, folder, config.sweep_samples)

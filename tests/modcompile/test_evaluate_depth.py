@@ -130,8 +130,15 @@ def test_sweeps_over_shares_of_the_work(own_folder: Path, capsys: pytest.Capture
     assert imread(own_folder / "sweep.png").ndim == 3
 
 
+def test_draws_which_tokens_used_which_layers(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(own_folder), *FAST, "--route_map_tokens", "70", "--sequence_length", "80"])
+    assert f"routes of 70 tokens plotted in {own_folder / 'routes.png'}" in capsys.readouterr().out
+    assert imread(own_folder / "routes.png").shape[1] == 1560
+
+
 @pytest.mark.parametrize(
-    ("flag", "value"), [("sweep_active_ratios", "1.5"), ("sweep_samples", "0"), ("static_candidates", "0")]
+    ("flag", "value"),
+    [("route_map_tokens", "-1"), ("sweep_active_ratios", "1.5"), ("sweep_samples", "0"), ("static_candidates", "0")],
 )
 def test_refuses_a_sweep_that_is_none(own_folder: Path, flag: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"^--{flag} is "):
