@@ -9,11 +9,16 @@ from modcompile.config import RouterConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.passes import drop_guards, group_blocks, insert_depth_gates, outline_blocks, repeat_blocks
 from modcompile.passes.outlined_form import block_calls, results
-from modcompile.routers import DepthRouter, SoftGate, StraightThroughGate
+from modcompile.routers import DepthRouter, HardConcreteGate, SoftGate, StraightThroughGate
 from modcompile.skip_adapters import make_adapter
 from modcompile.stages import stage
 from modcompile.tracing import find_layers, layers_are_alike, trace_causal_lm, truncated
 
+_GATES: dict[str, type[nn.Module]] = {
+    "soft": SoftGate,
+    "straight_through": StraightThroughGate,
+    "hard_concrete": HardConcreteGate,
+}
 _TRACED_DEPTH = 2  # what it takes to see where one block ends and the next begins
 
 
@@ -120,7 +125,7 @@ def make_adapters(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.M
 
 def make_gate(config: RouterConfig) -> nn.Module:
     """What makes gates of the routers' logits."""
-    return SoftGate() if config.gate == "soft" else StraightThroughGate()
+    return _GATES[config.gate]()
 
 
 def hidden_size_of(dense: fx.GraphModule) -> int:

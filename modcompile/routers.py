@@ -96,3 +96,23 @@ class StraightThroughGate(nn.Module):
         if not gate.requires_grad:
             return (router_logits > 0).to(gate.dtype)
         return straight_through(gate, router_logits > 0)
+
+
+class HardConcreteGate(nn.Module):
+    """`router_logits` → gate in [0, 1]: the hard concrete distribution of Louizos et al., 2018, section 2.2.
+
+    `clamp(stretched(sigmoid((logits + noise) / temperature)), 0, 1)`, where `stretched(s)` is `1.2 s - 0.1`, so that a
+    part of the distribution is exactly 0 or 1. Noise, the logistic one, and temperature are of the training; evaluated,
+    the gate is `clamp(stretched(sigmoid(logits)), 0, 1)`, above 0.5 where the sigmoid is.
+    """
+
+    temperature = 2 / 3
+    low, high = -0.1, 1.1
+
+    def forward(self, router_logits: torch.Tensor) -> torch.Tensor:
+        logits = router_logits
+        if self.training:
+            noise = torch.logit(torch.rand_like(router_logits, dtype=torch.float32), eps=1e-6).to(router_logits)
+            logits = (router_logits + noise) / self.temperature
+        gate: torch.Tensor = (torch.sigmoid(logits) * (self.high - self.low) + self.low).clamp(0, 1)
+        return gate

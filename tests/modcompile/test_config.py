@@ -79,7 +79,7 @@ def test_every_option_says_what_it_is(config: type[RouterConfig | BudgetConfig |
     assert all(option.metadata["help"] for option in fields(config))
 
 
-@pytest.mark.parametrize(("gate", "bias"), [("soft", 4.0), ("straight_through", 0.2)])
+@pytest.mark.parametrize(("gate", "bias"), [("soft", 4.0), ("straight_through", 0.2), ("hard_concrete", 3.0)])
 def test_initial_bias_depends_on_the_gate_unless_it_is_given(gate: Any, bias: float) -> None:
     assert RouterConfig(gate=gate).init_bias == bias
     assert RouterConfig(gate=gate, router_init_bias=2.0).init_bias == 2.0

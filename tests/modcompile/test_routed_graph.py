@@ -7,7 +7,7 @@ from modcompile.config import GateKind, RouterConfig
 from modcompile.errors import ConfigError, UnsupportedModelError
 from modcompile.passes.outlined_form import block_calls, gated_layers
 from modcompile.routed_graph import build_routed, insert_routers, trace_outlined
-from modcompile.routers import DepthRouter, DepthScore, SoftGate, StraightThroughGate
+from modcompile.routers import DepthRouter, DepthScore, HardConcreteGate, SoftGate, StraightThroughGate
 from modcompile.skip_adapters import LowRankAdapter
 from modcompile.tracing import find_layers
 from tests.model_inputs import make_inputs, run_model
@@ -55,7 +55,10 @@ def test_traces_layers_that_differ_whole() -> None:
     torch.testing.assert_close(inputs.at_tokens(actual), inputs.at_tokens(run_model(base, inputs)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("gate", "kind"), [("soft", SoftGate), ("straight_through", StraightThroughGate)])
+@pytest.mark.parametrize(
+    ("gate", "kind"),
+    [("soft", SoftGate), ("straight_through", StraightThroughGate), ("hard_concrete", HardConcreteGate)],
+)
 def test_inserts_the_configured_routers(gate: GateKind, kind: type[nn.Module]) -> None:
     config = RouterConfig(
         router_hidden_size=5, router_dropout=0.25, router_start=1, gate=gate, layer_norm_router_input=False

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from modcompile.routers import DepthRouter, DepthScore, HardenedGate, SoftGate, StraightThroughGate
+from modcompile.routers import DepthRouter, DepthScore, HardConcreteGate, HardenedGate, SoftGate, StraightThroughGate
 
 _HIDDEN, _INNER = 6, 4
 _WIDTHS = pytest.mark.parametrize("inner", [_INNER, 0], ids=["hidden layer", "linear"])
@@ -108,3 +110,35 @@ def test_straight_through_has_the_gradient_of_the_sigmoid() -> None:
     (StraightThroughGate()(logits) * weights).sum().backward()
     soft = torch.sigmoid(logits.detach())
     torch.testing.assert_close(logits.grad, weights * soft * (1 - soft))
+
+
+def test_hard_concrete_is_exactly_open_or_closed_at_its_ends_and_decides_as_the_sigmoid() -> None:
+    logits = torch.tensor([-9.0, -2.5, -1.0, -1e-3, 0.0, 1e-3, 1.0, 2.5, 9.0])
+    gate = HardConcreteGate().eval()(logits)
+    assert gate[:2].tolist() == [0, 0]
+    assert gate[-2:].tolist() == [1, 1]
+    torch.testing.assert_close(gate[2:-2], torch.sigmoid(logits[2:-2]) * 1.2 - 0.1)
+    assert torch.equal(gate > 0.5, torch.sigmoid(logits) > 0.5)
+
+
+@pytest.mark.parametrize("value", [-2.0, 0.0, 3.0])
+def test_hard_concrete_draws_from_its_distribution(value: float) -> None:
+    """P(gate = 0) = sigmoid(-logits + temperature * logit(1 / 12)), and so for 1: where the stretched sigmoid ends."""
+    torch.manual_seed(0)
+    gate = HardConcreteGate()
+    drawn = gate(torch.full((100_000, 1, 1), value))
+    edge = gate.temperature * math.log((1 / 12) / (11 / 12))
+    for end, expected in ((0, 1 / (1 + math.exp(value - edge))), (1, 1 / (1 + math.exp(-value - edge)))):
+        assert float((drawn == end).float().mean()) == pytest.approx(expected, abs=0.01)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+
+
+def test_hard_concrete_learns_where_a_gate_is_between_its_ends() -> None:
+    torch.manual_seed(0)
+    logits = torch.zeros(200, 1, 1, requires_grad=True)
+    gate = HardConcreteGate()(logits)
+    gate.sum().backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad != 0, (gate > 0) & (gate < 1))
+    assert (logits.grad >= 0).all()
