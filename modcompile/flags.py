@@ -1,8 +1,9 @@
 """Command-line flags from dataclasses, and what is wrong with them in one line."""
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -23,11 +24,18 @@ class _OneLineParser(HfArgumentParser):
         if negated is not None and options.get("action") == "store_false":
             names += (negated,)
         if parse is not None:
-            options["type"] = parse
+            options["type"] = partial(_parsed, parse)
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")
+
+
+def _parsed(parse: Callable[[str], Any], word: str) -> Any:
+    try:
+        return parse(word)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{word!r} is not understood") from error
 
 
 def parse_flags(

@@ -143,7 +143,7 @@ def test_help_explains_every_flag_with_its_default(capsys: pytest.CaptureFixture
         "folder",
     ):
         assert flag in text
-    assert "at run time. (default: 0.5)" in text
+    assert "for that budget. (default: 0.5)" in text
 
 
 def test_exports_a_quantized_folder(

@@ -72,6 +72,11 @@ def test_prints_a_plain_table(evaluated: tuple[dict[str, Any], str]) -> None:
     ("flags", "error", "message"),
     [
         (["--hard_threshold", "nan"], ConfigError, "--hard_threshold is nan"),
+        (
+            ["--hard_threshold", "half"],
+            ConfigError,
+            "argument --hard_threshold/--hard-threshold: 'half' is not understood",
+        ),
         (["--hard_threshold", "-0.5"], ConfigError, "--hard_threshold is -0.5"),
         (["--sequence_length", "1"], ConfigError, "--sequence_length is 1"),
         (["--sequence_length", "129"], ConfigError, "--sequence_length 129 is above the 128 positions of the model"),
