@@ -1,5 +1,6 @@
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from modcompile import LayerwiseQuantizeForCausalLM
 from modcompile.artifacts import read_report, read_router_config, save_depth_routers
-from modcompile.config import RouterConfig
+from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.errors import ConfigError
 from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_router_files import (
@@ -150,7 +151,7 @@ def test_keeps_the_depth_gates_of_a_routed_folder(routed_folder: Path, data: lis
         before[name] for name in (*_DEPTH, "model.safetensors")
     ]
     training = read_report(out)["training"]
-    assert training["depth_budget"] == {"router_lambda": 0.01, "target_active_ratio": 0.7}
+    assert training["depth_budget"] == asdict(BudgetConfig(router_lambda=0.01, target_active_ratio=0.7))
     assert 0 < training["metrics"]["eval_active_ratio"] < 1
     _train(out, *data, "--trained_routers", "depth", "--overwrite_output_dir")
     assert _changed(out, first) == {"routers.safetensors", "report.json", *_PLOTS}

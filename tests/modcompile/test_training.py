@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_report_tells_of_the_training(folder: Path, blocks: DatasetDict, capsys:
     returned = train_routers(folder, folder, blocks, _DEPTH, _arguments(save_strategy="no"))
     stdout = capsys.readouterr().out
     report = json.loads((folder / "report.json").read_text())["training"]
-    assert report["budget"] == {"router_lambda": 2.0, "target_active_ratio": 0.1}
+    assert report["budget"] == asdict(BudgetConfig(router_lambda=2.0, target_active_ratio=0.1))
     assert report["steps"] == 2
     assert report["parameters"]["trainable"] == 2 * (32 + 32 + 32 * 8 + 8 + 1)
     metrics = report["metrics"]
