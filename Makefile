@@ -50,6 +50,7 @@ demo: venv ## Rewrite, train, export and verify a real checkpoint, and compare i
 
 bench: venv ## Measure what routing and precisions cost and gain, and our speed beside that of peers
 	$(BIN)/python -m benchmarks.routing_cost
+	$(BIN)/python -m benchmarks.routing_overhead
 	$(BIN)/python -m benchmarks.precision_cost
 	$(BIN)/python -m benchmarks.precision_cost --random tinyllama-1.1b --rounds 4 --repeats 2 --new_tokens 16
 	$(BIN)/python -m benchmarks.training_cost
