@@ -19,6 +19,7 @@ from modcompile.modeling import RoutedForCausalLM
 from modcompile.restored_routing import restored_routing
 from modcompile.text_loss import batches, count_predicted_tokens
 from modcompile.tracing import eval_mode
+from modcompile.weighted_quantile import weighted_quantile
 
 TOLERANCE = 0.005
 _MOST_PASSES = 12
@@ -47,7 +48,8 @@ def calibrate_thresholds(
     check("batch_size", batch_size, at_least=1)
     count_predicted_tokens(blocks, model.config.vocab_size)
     gates = len(model.gated_layers)
-    sizes = torch.tensor([len(layers) for layers in model.gated_layers], dtype=torch.float64)
+    work = [sum(model.work[layer] for layer in layers) for layers in model.gated_layers]
+    sizes = torch.tensor(work, dtype=torch.float64)
     nearest = None
     logits = torch.zeros(gates, dtype=torch.float64)
     with restored_routing(model), eval_mode(model):
@@ -86,21 +88,9 @@ def _quantiles(said: torch.Tensor, sizes: torch.Tensor, target: float, scope: Th
     """The logits `[gates]` below or at which `1 - target` of what was said lies; gates weigh as their layers do."""
     gates, tokens = said.shape
     if scope == "per_layer":
-        return torch.stack([_weighted_quantile(row, torch.ones(tokens), 1 - target) for row in said])
+        return torch.stack([weighted_quantile(row, torch.ones(tokens), 1 - target) for row in said])
     weights = sizes.unsqueeze(1).expand(gates, tokens).flatten()
-    return _weighted_quantile(said.flatten(), weights, 1 - target).expand(gates).clone()
-
-
-def _weighted_quantile(values: torch.Tensor, weights: torch.Tensor, share: float) -> torch.Tensor:
-    """The largest value such that what lies at or below it weighs `share` of the whole, infinite at the ends."""
-    ordered, order = values.sort()
-    reached = weights[order].cumsum(0) / weights.sum()
-    count = int((reached <= share + 1e-9).sum())
-    if count == 0:
-        return torch.tensor(-torch.inf, dtype=values.dtype)
-    if count == len(values):
-        return torch.tensor(torch.inf, dtype=values.dtype)
-    return (ordered[count - 1] + ordered[count]) / 2
+    return weighted_quantile(said.flatten(), weights, 1 - target).expand(gates).clone()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from modcompile.errors import ConfigError
+from modcompile.granularity import GRANULARITIES, Granularity, halves_blocks, halves_of
 from modcompile.layer_ranges import layers_in, runs_of
 
 GateKind = Literal["soft", "straight_through", "hard_concrete"]
@@ -37,6 +38,14 @@ class RouterConfig:
         metadata={"help": "Width of a router's hidden layer; 0 for a router without one, a single linear product."},
     )
     router_dropout: float = field(default=0.0, metadata={"help": "Dropout on a router's hidden layer while training."})
+    granularity: Granularity = field(
+        default="block",
+        metadata={
+            "help": "What a gate executes or skips of a layer. block: all of it. attn, mlp: its attention or its MLP, "
+            "and the other half is always executed. attn+mlp: each has a gate of its own. The halves of layer i are "
+            "told as 2 i, its attention, and 2 i + 1."
+        },
+    )
     blocks_per_gate: int = field(
         default=1,
         metadata={
@@ -105,6 +114,7 @@ class RouterConfig:
         check("lock_first_layers", self.lock_first_layers, at_least=0)
         check("lock_last_layers", self.lock_last_layers, at_least=0)
         check_choice("router_pattern", self.router_pattern, ("all", "every_other"))
+        check_choice("granularity", self.granularity, GRANULARITIES)
         check("adapter_rank", self.adapter_rank, at_least=1)
         check_choice("gate", self.gate, tuple(INIT_BIAS))
         check_choice("skip_adapter", self.skip_adapter, ("none", "scale", "low_rank"))
@@ -114,6 +124,11 @@ class RouterConfig:
             raise ConfigError(
                 f"--blocks_per_gate {self.blocks_per_gate} is for consecutive layers, and --router_pattern every_other "
                 "routes none; leave one of them out"
+            )
+        if self.blocks_per_gate > 1 and halves_blocks(self.granularity):
+            raise ConfigError(
+                f"--blocks_per_gate {self.blocks_per_gate} is for whole blocks, and --granularity is "
+                f"{self.granularity}; leave one of them out"
             )
         if self.router_init_bias is not None:
             # An open gate is what makes the untrained model, run hard, the dense one.
@@ -125,7 +140,7 @@ class RouterConfig:
         return INIT_BIAS[self.gate] if self.router_init_bias is None else self.router_init_bias
 
     def routed_layers(self, num_layers: int) -> list[int]:
-        """The layers that a gate executes or skips, in order; layers that share a gate count each.
+        """The model's layers that a gate executes or skips, or parts of them, in order; layers that share a gate each.
 
         Raises:
             ConfigError: the range lies outside of the model, or selects nothing.
@@ -155,15 +170,18 @@ class RouterConfig:
         return layers
 
     def gated_layers(self, num_layers: int) -> list[range]:
-        """For each gate, in order, the layers that it executes or skips together.
+        """For each gate, in order, the layers that it executes or skips together, of a model with `num_layers`.
 
-        These are `blocks_per_gate`, or what is left of consecutive ones.
+        These are `blocks_per_gate`, or what is left of consecutive ones; or one half (`granularity`).
 
         Raises:
             ConfigError: the range lies outside of the model, or selects nothing.
         """
-        size = self.blocks_per_gate
-        runs = runs_of(self.routed_layers(num_layers))
+        size, routed = self.blocks_per_gate, self.routed_layers(num_layers)
+        if halves_blocks(self.granularity):
+            halves = [half for layer in routed for half in halves_of(layer, self.granularity)]
+            return [range(half, half + 1) for half in halves]
+        runs = runs_of(routed)
         return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
 
 
@@ -222,26 +240,6 @@ class LossConfig:
         check("distill_weight", self.distill_weight, at_least=0)
         if not self.lm_weight and not self.distill_weight:
             raise ConfigError("--lm_weight and --distill_weight are both 0: there is nothing left to learn from")
-
-
-@dataclass(frozen=True)
-class StartConfig:
-    """What new adapters start from.
-
-    Raises:
-        ConfigError: an option is outside of its range.
-    """
-
-    adapter_start_samples: int = field(
-        default=32,
-        metadata={
-            "help": "Let new adapters of low rank start as the best linear stand-ins for their blocks, found by least "
-            "squares on this many sequences of the training data. 0: they start as the identity."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        check("adapter_start_samples", self.adapter_start_samples, at_least=0)
 
 
 def _layers_in(names: str) -> set[int]:

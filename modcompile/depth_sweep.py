@@ -38,7 +38,7 @@ def sweep_depth(
     """Measure on `blocks` what is decided on `calibration`, another text.
 
     - router: at one threshold for all gates, calibrated for each of `targets`
-    - static: the best gates to close for all tokens, greedily, as many as the least target closes; where the model has
+    - static: the best gates to close for all tokens, greedily, until the least target is reached; where the model has
       adapters, with them, and selected anew without
     - random: each gate closed for as many tokens, drawn at random
 
@@ -49,7 +49,6 @@ def sweep_depth(
         DataError: there is no token to predict, or one that the model does not have.
     """
     gates = len(model.gated_layers)
-    most = max(1, round((1 - min(targets)) * gates))
     ordered = sorted(targets, reverse=True)
 
     def measured(thresholds: float | Sequence[float]) -> Measurement:
@@ -66,7 +65,9 @@ def sweep_depth(
         statics[STATIC_ALONE] = without_adapters(model)
     for name, changed in statics.items():
         with show_elapsed(f"selecting: {name}"), changed:
-            selections = select_static(model, calibration, most, candidates=candidates, batch_size=batch_size)
+            selections = select_static(
+                model, calibration, 1 - min(targets), candidates=candidates, batch_size=batch_size
+            )
             ways[name] = [measured(thresholds_of(each.closed, gates)) for each in selections]
     with show_elapsed("measuring random skipping"), random_gates(model, seed):
         ways[RANDOM] = [measured(1 - each) for each in ordered]

@@ -9,13 +9,25 @@ import torch
 from datasets import Dataset
 
 from modcompile.artifacts import copy_routed_folder, load_routers, load_with_routers, save_routers
-from modcompile.config import BudgetConfig, LossConfig, StartConfig
+from modcompile.config import BudgetConfig, LossConfig
 from modcompile.distillation import dense_logits
 from modcompile.fit_adapters import fit_adapters
+from modcompile.fit_routers import fit_routers
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.objective import Objective, depth_budget
 from modcompile.rewriting import describe
 from modcompile.router_task import RouterTask
+from modcompile.start_config import StartConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """The texts that things are fitted on before a training; None leaves them as they are."""
+
+    adapters: Dataset | None = None
+    """New ones."""
+    routers: Dataset | None = None
+    """With new adapters."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +36,15 @@ class DepthTraining:
 
     budget: BudgetConfig
     loss: LossConfig
-    start: Dataset | None = None
-    """What new adapters are fitted on; None leaves them as they are."""
+    start: Start = Start()
 
     def open(self, folder: Path, device: torch.device) -> RouterTask:
         """The soft model of a routed folder."""
         model = load_with_routers(folder, None, device=device, use_cache=False)
-        if self.start is not None:
-            fit_adapters(model, self.start)
+        if self.start.routers is not None:
+            fit_routers(model, self.start.routers, self.budget.target_active_ratio)
+        elif self.start.adapters is not None:
+            fit_adapters(model, self.start.adapters)
         return depth_task(model, self.budget, self.loss)
 
     def copy(self, source: Path, folder: Path, *, overwrite: bool) -> None:
@@ -43,9 +56,13 @@ class DepthTraining:
         return {"budget": asdict(self.budget), "loss": asdict(self.loss)}
 
 
-def start_rows(blocks: Dataset, config: StartConfig) -> Dataset | None:
-    """What new adapters are to be fitted on: rows that lie evenly spread over the training data, or nothing."""
-    count = min(config.adapter_start_samples, blocks.num_rows)
+def start_rows(blocks: Dataset, config: StartConfig) -> Start:
+    """What a training is to start from: rows that lie evenly spread over the training data."""
+    return Start(_spread(blocks, config.adapter_start_samples), _spread(blocks, config.router_start_samples))
+
+
+def _spread(blocks: Dataset, most: int) -> Dataset | None:
+    count = min(most, blocks.num_rows)
     return blocks.select([index * blocks.num_rows // count for index in range(count)]) if count else None
 
 
@@ -54,6 +71,6 @@ def depth_task(model: RoutedForCausalLM, budget: BudgetConfig, loss: LossConfig)
 
     loss = lm_weight * LM loss + distill_weight * KL(dense, routed) + router_lambda * budget loss (`Budget`)
     """
-    objective = Objective((depth_budget(budget),), loss.lm_weight, loss.distill_weight)
+    objective = Objective((depth_budget(budget, list(model.work.values())),), loss.lm_weight, loss.distill_weight)
     save, load = partial(save_routers, model), partial(load_routers, model)
     return RouterTask(model, model, objective, save, load, describe(model), partial(dense_logits, model.base))

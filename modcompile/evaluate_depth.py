@@ -7,7 +7,7 @@ from typing import Any
 
 from modcompile.artifacts import load_with_routers, read_router_config
 from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold, threshold_for
-from modcompile.config import GateKind, check
+from modcompile.config import RouterConfig, check
 from modcompile.depth_sweep import Sweep, sweep_depth
 from modcompile.devices import fastest_device
 from modcompile.evaluation_text import (
@@ -17,6 +17,7 @@ from modcompile.evaluation_text import (
     load_evaluation_blocks,
     text_as_json,
 )
+from modcompile.granularity import label_of
 from modcompile.perplexity import Evaluation, Measurement, evaluate_model
 from modcompile.progress import show_elapsed
 from modcompile.required_tokenizer import required_tokenizer
@@ -93,13 +94,13 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         ConfigError: the sequence length is above the model's positions.
         DataError: the text can't be read, or has fewer than two tokens.
     """
-    gate = read_router_config(folder).gate
+    router = read_router_config(folder)
     thresholds = threshold_for(folder, config.hard_threshold)
     blocks = load_evaluation_blocks(text, folder)
     with show_elapsed("loading and tracing"):
         model = load_with_routers(folder, thresholds, device=fastest_device(), use_cache=False)
     evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
-    print(_table(evaluation, config, gate, text))
+    print(_table(evaluation, config, router, text))
     if config.route_map_tokens:
         first = blocks[0]
         ids = first["input_ids"][: min(sum(first["attention_mask"]), config.route_map_tokens)]
@@ -134,28 +135,31 @@ def _as_json(measured: Measurement) -> dict[str, Any]:
 
 
 def _sweep_table(sweep: Sweep) -> str:
-    lines = [f"{'':23}  {'active ratio':>12}  {'perplexity':>10}  against dense"]
+    lines = [f"{'':23}  {'active ratio':>12}  {'block work':>10}  {'perplexity':>10}  against dense"]
     for name, points in sweep.ways.items():
         for point in points:
             against = point.perplexity / sweep.dense.perplexity
-            lines.append(f"{name:23}  {point.active_ratio:12.3f}  {point.perplexity:10.3f}  {against:.3f} x")
+            work = f"{point.active_ratio:12.3f}  {point.block_work:10.3f}"
+            lines.append(f"{name:23}  {work}  {point.perplexity:10.3f}  {against:.3f} x")
     return "\n".join(lines)
 
 
-def _table(evaluation: Evaluation, config: DepthEvaluationConfig, gate: GateKind, text: EvaluationTextConfig) -> str:
+def _table(
+    evaluation: Evaluation, config: DepthEvaluationConfig, router: RouterConfig, text: EvaluationTextConfig
+) -> str:
     """The numbers for a person."""
+    gate, granularity, threshold = router.gate, router.granularity, config.hard_threshold
     by_construction = " (straight_through: 0 or 1, so hard at 0.5 by construction)"
     notes = {
         "dense": "every gate open: the base model",
         "soft": f"gates as trained{by_construction if gate == 'straight_through' else ''}",
-        "hard": f"threshold {config.hard_threshold}",
+        "hard": f"threshold {threshold if isinstance(threshold, str) else format(threshold, 'g')}",
     }
     lines = [describe_text(text, evaluation.sequences, evaluation.predicted_tokens)]
-    lines.append(f"{'':5}  {'perplexity':>10}  {'loss':>7}  {'active ratio':>12}")
+    lines.append(f"{'':5}  {'perplexity':>10}  {'loss':>7}  {'active ratio':>12}  {'block work':>10}")
     for mode, measured in evaluation.modes.items():
-        lines.append(
-            f"{mode:5}  {measured.perplexity:10.3f}  {measured.loss:7.4f}  {measured.active_ratio:12.3f}  {notes[mode]}"
-        )
-    ratios = evaluation.hard.active_ratio_per_layer
+        work = f"{measured.active_ratio:12.3f}  {measured.block_work:10.3f}"
+        lines.append(f"{mode:5}  {measured.perplexity:10.3f}  {measured.loss:7.4f}  {work}  {notes[mode]}")
+    ratios = {label_of(layer, granularity): ratio for layer, ratio in evaluation.hard.active_ratio_per_layer.items()}
     layers = "hard active ratio by layer: " + " ".join(f"{layer}:{ratio:.3f}" for layer, ratio in ratios.items())
     return "\n".join([*lines, *textwrap.wrap(layers, _WIDTH, subsequent_indent="  ")])

@@ -22,6 +22,7 @@ from modcompile.passes.outlined_form import gated_layers
 from modcompile.passes.retarget_device import retarget_device
 from modcompile.passes.skip_path import skip_of
 from modcompile.usage import RoutingUsage
+from modcompile.work import work_of_layers
 
 
 @dataclass
@@ -43,7 +44,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     gradient flows. `usage` counts what was active since `reset_usage()` or the last `generate()`.
 
     A routed layer is one that a gate may skip. `routed_layers` are all of them, `gated_layers` for each gate those that
-    it executes or skips together: one, or with `blocks_per_gate` several consecutive ones.
+    it executes or skips together: one, or with `blocks_per_gate` several consecutive ones. `work` is what each routed
+    layer counts in an active ratio: 1, or of halves of blocks what is computed only where they are executed.
     """
 
     main_input_name = "input_ids"
@@ -59,7 +61,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.router_config = router_config
         self.gated_layers = tuple(gated_layers(soft))
         self.routed_layers = tuple(layer for layers in self.gated_layers for layer in layers)
-        self.usage = RoutingUsage(self.routed_layers)
+        self.work = work_of_layers(soft, self.routed_layers, router_config.granularity)
+        self.usage = RoutingUsage(self.routed_layers, self.work)
         # Not a submodule: its parameters are those of the graph, under the names of the checkpoint.
         self._base = (base,)
         self._hard: tuple[fx.GraphModule, ...] = ()
@@ -108,7 +111,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def active_ratio(self) -> float:
-        """Share of (token, routed layer) pairs that were executed, padding excluded."""
+        """Share of (token, routed layer) pairs that were executed, by their `work`, padding excluded."""
         return self.usage.active_ratio
 
     @property
@@ -118,7 +121,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def reset_usage(self) -> None:
         """Count from zero."""
-        self.usage = RoutingUsage(self.routed_layers)
+        self.usage = RoutingUsage(self.routed_layers, self.work)
 
     def set_router_mode(self, hard_threshold: float | Sequence[float] | None) -> None:
         """Hard at a threshold (one for all gates, or one each), or soft with None.

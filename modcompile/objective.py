@@ -1,6 +1,6 @@
 """What routers are trained for: the language model's loss, and budgets of what it may spend."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ LM_LOSS, DISTILL_LOSS = "lm_loss", "distill_loss"
 class Budget:
     """A mean over tokens and routed layers, and what is charged for it.
 
-    With `over = (mean - target) / scale`, where the target is that of the step, the charge is `weight` times
+    Layers weigh in means over them as `work` says, alike if it says nothing. With `over = (mean - target) / scale`,
+    where the target is that of the step, the charge is `weight` times
 
     - hinge: `max(over, 0)`
     - squared: `over ** 2`
@@ -35,6 +36,8 @@ class Budget:
     kind: BudgetLoss = "hinge"
     warmup_ratio: float = 0.0
     """Over which share of the steps the target falls from `scale`, all there is, to `target`."""
+    work: tuple[float, ...] | None = None
+    """One for each layer."""
 
     def target_at(self, progress: float) -> float:
         """The target after a share of the training, in [0, 1]."""
@@ -48,8 +51,15 @@ class Budget:
         """
         over = (means - self.target_at(progress)) / self.scale
         if self.kind == "squared":
-            return over.mean().square()
-        return over.clamp(min=0).mean() if self.kind == "per_layer" else over.mean().clamp(min=0)
+            return self.mean(over).square()
+        return self.mean(over.clamp(min=0)) if self.kind == "per_layer" else self.mean(over).clamp(min=0)
+
+    def mean(self, by_layer: torch.Tensor) -> torch.Tensor:
+        """Over layers, from `[R]`."""
+        if self.work is None:
+            return by_layer.mean()
+        work = by_layer.new_tensor(self.work)
+        return (work * by_layer).sum() / work.sum()
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,8 @@ class Objective:
         return {LM_LOSS: self.lm_weight} | ({DISTILL_LOSS: self.distill_weight} if self.distill_weight else {})
 
 
-def depth_budget(config: BudgetConfig) -> Budget:
-    """Of the share of tokens and layers that are executed."""
+def depth_budget(config: BudgetConfig, work: Sequence[float] | None = None) -> Budget:
+    """Of the share of tokens and layers that are executed, by the work of each layer."""
     return Budget(
         "active_ratio",
         "budget_loss",
@@ -77,6 +87,7 @@ def depth_budget(config: BudgetConfig) -> Budget:
         _active_tokens,
         config.budget_loss,
         config.target_warmup_ratio,
+        None if work is None else tuple(work),
     )
 
 

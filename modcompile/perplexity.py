@@ -12,7 +12,7 @@ from modcompile.config import check
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.restored_routing import restored_routing
 from modcompile.text_loss import TextLoss, batches, count_predicted_tokens, summed_loss
-from modcompile.tracing import eval_mode
+from modcompile.tracing import eval_mode, find_layers
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Measurement(TextLoss):
     """One mode of the model on a text; padding counts nowhere."""
 
     active_ratio: float
-    """Share of (token, routed layer) pairs that were executed; where gates are soft, their mean."""
+    """Share of (token, routed layer) pairs that were executed, by their work; where gates are soft, their mean."""
+    block_work: float
+    """Share of the work of all blocks that was done, those without a gate included."""
     active_ratio_per_layer: dict[int, float]
     """The same for each routed layer, by its index in the model."""
 
@@ -103,4 +105,9 @@ def _measure(
         loss += summed_loss(output.logits, batch["labels"])
         if bar is not None:
             bar.update(len(batch["labels"]))
-    return Measurement(loss / predicted, model.active_ratio, model.active_ratio_per_layer)
+    return Measurement(loss / predicted, model.active_ratio, _block_work(model), model.active_ratio_per_layer)
+
+
+def _block_work(model: RoutedForCausalLM) -> float:
+    skipped = sum(model.work[layer] * (1 - ratio) for layer, ratio in model.active_ratio_per_layer.items())
+    return 1 - skipped / len(find_layers(model.base))

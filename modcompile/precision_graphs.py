@@ -21,12 +21,17 @@ def check_composable(depth: RouterConfig) -> None:
 
     Raises:
         ConfigError: blocks share a gate or a decision, but to be skipped is one of the choices that each makes by
-            itself; or they have adapters, which nobody has combined with precisions yet.
+            itself; or of halves of blocks, or they have adapters, which nobody has combined with precisions yet.
     """
     if depth.skip_adapter != "none":
         raise ConfigError(
             f"blocks that choose their bits leave tokens as they are where they skip them, but --skip_adapter is "
             f"{depth.skip_adapter!r}; make depth gates with --skip_adapter none"
+        )
+    if depth.granularity != "block":
+        raise ConfigError(
+            f"blocks that choose their bits are skipped as a whole, but --granularity is {depth.granularity!r}; make "
+            f"depth gates with --granularity block"
         )
     for name in ("blocks_per_gate", "gates_per_decision"):
         if (shared := getattr(depth, name)) > 1:

@@ -16,7 +16,7 @@ from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
@@ -24,6 +24,7 @@ from modcompile.export.export_folder import export_folder
 from modcompile.flags import parse_flags
 from modcompile.rewriting import check_routed_target, write_rewritten
 from modcompile.stages import ProfileConfig, profiled
+from modcompile.start_config import StartConfig
 from modcompile.training_arguments import RouterTrainingArguments
 
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(
             "--max_train_steps asks for a training, but there is no data; add, say, --dataset_name builtin"
         )
+    start.check_fits(router)
     source = find_checkpoint(name)
     output = training.output_or(Path(f"{source.name}-routed"))
     check_routed_target(output, overwrite=training.overwrite_output_dir)

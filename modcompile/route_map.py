@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from modcompile.granularity import label_of
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.png_files import write_png
 from modcompile.restored_routing import restored_routing
@@ -25,7 +26,8 @@ class Routes:
     """What a hard model executed for the tokens of a text."""
 
     tokens: tuple[str, ...]
-    layers: tuple[int, ...]
+    layers: tuple[str, ...]
+    """Their names, of the routed ones."""
     executed: NDArray[np.bool_]
     """`[R, T]`: whether each routed layer was executed for each token."""
 
@@ -47,7 +49,8 @@ def find_routes(
         output = model(torch.tensor([list(input_ids)], device=model.device), use_cache=False)
     masks = [gate[0, :, 0].cpu().numpy().astype(bool) for gate in output.gates or ()]
     tokens = tuple(str(tokenizer.decode([token])) for token in input_ids)
-    return Routes(tokens, model.routed_layers, np.stack(masks))
+    layers = tuple(label_of(layer, model.router_config.granularity) for layer in model.routed_layers)
+    return Routes(tokens, layers, np.stack(masks))
 
 
 def plot_routes(routes: Routes, path: Path) -> None:
@@ -75,7 +78,7 @@ def draw_routes(routes: Routes) -> Figure:
         axes.imshow(executed, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
         labels = [_visible(token) for token in tokens]
         axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6, fontfamily="monospace", parse_math=False)
-        axes.set_yticks(range(len(routes.layers)), [str(layer) for layer in routes.layers], fontsize=5)
+        axes.set_yticks(range(len(routes.layers)), routes.layers, fontsize=5)
         axes.set_xlim(-0.5, TOKENS_PER_ROW - 0.5)
         axes.set_ylabel("layer")
     panels[0].set_title(f"executed (dark) for {count} tokens: {routes.executed.mean():.3f} of all")

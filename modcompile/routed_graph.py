@@ -6,9 +6,11 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from modcompile.config import RouterConfig
+from modcompile.granularity import Granularity, halves_blocks
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.passes import drop_guards, group_blocks, insert_depth_gates, outline_blocks, repeat_blocks
 from modcompile.passes.outlined_form import block_calls, results
+from modcompile.passes.split_blocks import split_blocks
 from modcompile.routers import DepthRouter, HardConcreteGate, SoftGate, StraightThroughGate
 from modcompile.skip_adapters import make_adapter
 from modcompile.stages import stage
@@ -31,7 +33,8 @@ def build_routed(base: PreTrainedModel, config: RouterConfig, *, use_cache: bool
         ConfigError: `config` selects no layer of this model.
         UnsupportedModelError: the model can't be traced, or is no chain of decoder blocks.
     """
-    model = RoutedForCausalLM(base, insert_routers(trace_outlined(base, use_cache=use_cache), config), config)
+    dense = trace_layers(base, config.granularity, use_cache=use_cache)
+    model = RoutedForCausalLM(base, insert_routers(dense, config), config)
     model.eval()
     return model
 
@@ -44,7 +47,8 @@ def trace_again(model: RoutedForCausalLM) -> fx.GraphModule:
     Raises:
         UnsupportedModelError: the model can't be traced in its new dtype.
     """
-    grouped = group_blocks(trace_outlined(model.base, use_cache=model.takes_cache), model.gated_layers)
+    dense = trace_layers(model.base, model.router_config.granularity, use_cache=model.takes_cache)
+    grouped = group_blocks(dense, model.gated_layers)
     return _insert_gates(grouped, model.routers, model.adapters, model.router_config).train(model.training)
 
 
@@ -65,6 +69,16 @@ def trace_outlined(base: PreTrainedModel, *, use_cache: bool = True) -> fx.Graph
     return repeat_blocks(outlined, list(layers))
 
 
+def trace_layers(base: PreTrainedModel, granularity: Granularity, *, use_cache: bool = True) -> fx.GraphModule:
+    """The same, with a block for each half of a layer if gates are to decide on halves.
+
+    Raises:
+        UnsupportedModelError: that, or a block can't be halved.
+    """
+    dense = trace_outlined(base, use_cache=use_cache)
+    return split_blocks(dense) if halves_blocks(granularity) else dense
+
+
 @stage("inserting routers")
 def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModule:
     """The soft routed graph, with new routers where `config` wants them.
@@ -72,7 +86,7 @@ def insert_routers(dense: fx.GraphModule, config: RouterConfig) -> fx.GraphModul
     Raises:
         ConfigError: `config` selects no layer of this model.
     """
-    grouped = group_blocks(dense, config.gated_layers(len(block_calls(dense.graph))))
+    grouped = group_blocks(dense, _gated_layers(dense, config))
     return _insert_gates(grouped, make_routers(dense, config), make_adapters(dense, config), config)
 
 
@@ -93,10 +107,9 @@ def make_routers(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.Mo
     Raises:
         ConfigError: `config` selects no layer of this model.
     """
-    calls = block_calls(dense.graph)
     like = next(dense.parameters())
     routers: dict[int, nn.Module] = {}
-    for layers in config.gated_layers(len(calls)):
+    for layers in _gated_layers(dense, config):
         router = DepthRouter(
             hidden_size_of(dense),
             config.router_hidden_size,
@@ -116,11 +129,16 @@ def make_adapters(dense: fx.GraphModule, config: RouterConfig) -> dict[int, nn.M
     """
     like = next(dense.parameters())
     adapters = {}
-    for layer in config.routed_layers(len(block_calls(dense.graph))):
+    for layer in (layer for layers in _gated_layers(dense, config) for layer in layers):
         adapter = make_adapter(config.skip_adapter, hidden_size_of(dense), config.adapter_rank)
         if adapter is not None:
             adapters[layer] = adapter.to(device=like.device, dtype=like.dtype)
     return adapters
+
+
+def _gated_layers(dense: fx.GraphModule, config: RouterConfig) -> list[range]:
+    count = len(block_calls(dense.graph))
+    return config.gated_layers(count // 2 if halves_blocks(config.granularity) else count)
 
 
 def make_gate(config: RouterConfig) -> nn.Module:

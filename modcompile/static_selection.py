@@ -4,7 +4,7 @@ Greedy by measured loss: of the gates that are still open, the one whose closing
 a pass over the text for each of them, so that after the first round only those are tried that were cheapest alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -31,28 +31,35 @@ def thresholds_of(closed: Sequence[int], gates: int) -> list[float]:
 
 
 def select_static(
-    model: RoutedForCausalLM, blocks: Dataset, most: int, *, candidates: int, batch_size: int = 4
+    model: RoutedForCausalLM, blocks: Dataset, skipped: float, *, candidates: int, batch_size: int = 4
 ) -> list[StaticSelection]:
-    """The selections of 1, 2, …, `most` gates, each the one before and a gate more.
+    """The selections of 1, 2, … gates, each the one before and a gate more, until about a share `skipped` is closed.
 
-    In each round after the first, the `candidates` open gates are tried that cost least by themselves. The router mode
-    of the model and its usage stay as they were.
+    A gate counts as the work of its layers does, and costs what it adds to the loss for that. In each round after the
+    first, the `candidates` open gates are tried that cost least by themselves. The router mode of the model and its
+    usage stay as they were.
 
     Raises:
         DataError: there is no token to predict, or one that the model does not have.
     """
     gates = len(model.gated_layers)
+    work = [sum(model.work[layer] for layer in layers) for layers in model.gated_layers]
 
     def loss_of(closed: tuple[int, ...]) -> float:
         return measure(model, blocks, thresholds_of(closed, gates), batch_size=batch_size).loss
 
+    def cheapest_first(losses: Mapping[int, float], before: float) -> list[int]:
+        return sorted(losses, key=lambda gate: (losses[gate] - before) / work[gate])
+
     alone = {gate: loss_of((gate,)) for gate in range(gates)}
-    order = sorted(alone, key=alone.__getitem__)
+    order = cheapest_first(alone, loss_of(()))
     selections = [StaticSelection((order[0],), alone[order[0]])]
-    while len(selections) < min(most, gates):
+    while len(selections) < gates:
         closed = selections[-1].closed
+        if sum(work[gate] for gate in closed) + min(work) / 2 > skipped * sum(work):
+            break
         tried = [gate for gate in order if gate not in closed][:candidates]
         losses = {gate: loss_of((*closed, gate)) for gate in tried}
-        best = min(losses, key=losses.__getitem__)
+        best = cheapest_first(losses, selections[-1].loss)[0]
         selections.append(StaticSelection((*closed, best), losses[best]))
     return selections

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import named_flags, parse_flags
 from modcompile.precision_config import PrecisionBudgetConfig, RoundingConfig
 from modcompile.precision_folder import holds_precisions
+from modcompile.start_config import StartConfig
 from modcompile.train_depth import train_depth
 from modcompile.train_precisions import PrecisionFlags, train_precisions
 from modcompile.training_arguments import RouterTrainingArguments
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if precision.precisions is not None or holds_precisions(Path(given)):
         if (loss, start) != (LossConfig(), StartConfig()):
             raise ConfigError(
-                "--lm_weight, --distill_weight and --adapter_start_samples are for depth gates alone; leave them out "
-                "(see --ce_weight)"
+                "--lm_weight, --distill_weight, --adapter_start_samples and --router_start_samples are for depth gates "
+                "alone; leave them out (see --ce_weight)"
             )
         named = named_flags(_CONFIGS, argv)
         output = train_precisions(given, precision, rounding, bits, router, budget, data, training, named)

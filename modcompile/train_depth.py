@@ -10,12 +10,13 @@ from modcompile.artifacts import is_routed_folder, read_router_config
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig
 from modcompile.data_config import DataConfig
-from modcompile.depth_training import DepthTraining, start_rows
+from modcompile.depth_training import DepthTraining, Start, start_rows
 from modcompile.errors import ConfigError
 from modcompile.first_process import in_first_process
 from modcompile.rewriting import check_routed_target, check_trainable, write_rewritten
+from modcompile.start_config import StartConfig
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
 
@@ -36,6 +37,7 @@ def train_depth(
     """
     given, overwrite = Path(model), training.overwrite_output_dir
     routed = is_routed_folder(given)
+    start.check_fits(read_router_config(given) if routed else router)
     source = find_checkpoint(str(given.resolve()) if routed else model)
     default = given if routed else Path(f"{source.name}-routed")
     folder = output = training.output_or(default)
@@ -60,7 +62,7 @@ def train_depth(
 
         in_first_process(training, rewrite)
     # What a checkpoint holds has been fitted.
-    rows = None if training.resume_from_checkpoint is not None else start_rows(blocks["train"], start)
+    rows = Start() if training.resume_from_checkpoint is not None else start_rows(blocks["train"], start)
     train_routers(folder, output, blocks, DepthTraining(budget, loss, rows), training)
     return output
 

@@ -115,7 +115,7 @@ class RouterTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line: of each loss, and what each budget limits and charges."""
         if "loss" in logs:
-            logs |= _scalars(self._training.take(self._summed))
+            logs |= self._scalars(self._training.take(self._summed))
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class RouterTrainer(Trainer):
         self.choices = PrecisionUsage()
         output = super().evaluation_loop(*args, **kwargs)
         by_layer = self._evaluation.take()
-        means = _scalars(by_layer)
+        means = self._scalars(by_layer)
         means["loss"] = sum(weight * means[name] for name, weight in self._task.objective.weights.items())
         for budget in self._task.objective.budgets:
             means[budget.penalty_name] = float(budget.penalty(by_layer[budget.name]))
@@ -133,6 +133,11 @@ class RouterTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = dict(output.metrics or {}) | {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics=metrics)
+
+    def _scalars(self, means: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Of what is known for each layer, the mean."""
+        over_layers = {budget.name: budget.mean for budget in self._task.objective.budgets}
+        return {name: float(over_layers.get(name, torch.mean)(mean)) for name, mean in means.items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -153,11 +158,6 @@ class RouterTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._task.load(Path(self.state.best_model_checkpoint))
-
-
-def _scalars(means: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of what is known for each layer, the mean."""
-    return {name: float(mean.mean()) for name, mean in means.items()}
 
 
 def _is_predicted(labels: torch.Tensor) -> torch.Tensor:

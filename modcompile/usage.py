@@ -1,6 +1,6 @@
 """How much of a routed model was used."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,8 @@ class RoutingUsage:
     """Sums of gates or routing masks over tokens that are not padding, for each routed layer."""
 
     layers: tuple[int, ...]
+    work: Mapping[int, float] = field(default_factory=dict)
+    """What each layer counts in the mean over layers; 1 if nothing is said."""
     tokens: int = 0
     _active: list[float] = field(default_factory=list)
 
@@ -23,9 +25,11 @@ class RoutingUsage:
 
     @property
     def active_ratio(self) -> float:
-        """Share of (token, routed layer) pairs that were executed, in [0, 1]; NaN before the first call."""
-        ratios = list(self.active_ratio_per_layer.values())
-        return sum(ratios) / len(ratios) if ratios else float("nan")
+        """Share of (token, routed layer) pairs that were executed, by their work, in [0, 1]; NaN before any call."""
+        ratios = self.active_ratio_per_layer
+        work = {layer: self.work.get(layer, 1.0) for layer in ratios}
+        done = sum(work[layer] * ratio for layer, ratio in ratios.items())
+        return done / sum(work.values()) if work else float("nan")
 
     @property
     def active_ratio_per_layer(self) -> dict[int, float]:

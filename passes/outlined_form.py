@@ -50,11 +50,13 @@ def gated_layers(gm: fx.GraphModule) -> list[range]:
 
 
 def is_group(module: nn.Module) -> bool:
-    """Whether all that a module does is to call others."""
+    """Whether all that a module does is to call the numbered members of a group."""
     if not isinstance(module, fx.GraphModule):
         return False
     doing = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
-    return all(node.op == "call_module" or node.target is operator.getitem for node in doing)
+    return all(
+        (node.op == "call_module" and str(node.target).isdecimal()) or node.target is operator.getitem for node in doing
+    )
 
 
 def inner_block(module: fx.GraphModule) -> fx.GraphModule:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig, StartConfig, check_threshold
+from modcompile.config import BudgetConfig, LossConfig, RouterConfig, check_threshold
 from modcompile.errors import ConfigError
+from modcompile.start_config import StartConfig
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ from modcompile.errors import ConfigError
         (LossConfig, "lm_weight", -1.0),
         (LossConfig, "distill_weight", math.inf),
         (StartConfig, "adapter_start_samples", -1),
+        (StartConfig, "router_start_samples", -1),
     ],
 )
 def test_refuses_a_value_outside_of_its_range_and_names_the_flag(

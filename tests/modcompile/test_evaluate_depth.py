@@ -42,6 +42,7 @@ def test_report_holds_what_evaluate_model_finds(evaluated: tuple[dict[str, Any],
             "perplexity": measured.perplexity,
             "loss": measured.loss,
             "active_ratio": measured.active_ratio,
+            "block_work": measured.block_work,
             "active_ratio_per_layer": {str(layer): measured.active_ratio_per_layer[layer] for layer in ROUTED_LAYERS},
         }
     assert written["dense"]["active_ratio"] == 1.0
@@ -54,7 +55,7 @@ def test_report_holds_what_evaluate_model_finds(evaluated: tuple[dict[str, Any],
 def test_prints_a_plain_table(evaluated: tuple[dict[str, Any], str]) -> None:
     written, lines = evaluated[0]["evaluation"], evaluated[1].splitlines()
     assert lines[0] == "189 predicted tokens of the built-in test split, 3 sequences of up to 64"
-    assert lines[1].split() == ["perplexity", "loss", "active", "ratio"]
+    assert lines[1].split() == ["perplexity", "loss", "active", "ratio", "block", "work"]
     notes = {
         "dense": "every gate open: the base model",
         "soft": "gates as trained (straight_through: 0 or 1, so hard at 0.5 by construction)",
@@ -62,7 +63,8 @@ def test_prints_a_plain_table(evaluated: tuple[dict[str, Any], str]) -> None:
     }
     for line, (mode, note) in zip(lines[2:5], notes.items(), strict=True):
         numbers = [f"{written[mode][name]:.{digits}f}" for name, digits in (("perplexity", 3), ("loss", 4))]
-        assert line.split(maxsplit=4) == [mode, *numbers, f"{written[mode]['active_ratio']:.3f}", note]
+        numbers += [f"{written[mode][name]:.3f}" for name in ("active_ratio", "block_work")]
+        assert line.split(maxsplit=5) == [mode, *numbers, note]
     ratios = written["hard"]["active_ratio_per_layer"]
     assert lines[5:] == [f"hard active ratio by layer: 0:{ratios['0']:.3f} 2:{ratios['2']:.3f}"]
     assert "\x1b" not in evaluated[1]

@@ -67,12 +67,15 @@ def reference(model: RoutedForCausalLM, blocks: Dataset, gate: Gate) -> Measurem
         losses.append(-log_probabilities.gather(1, input_ids[0, 1:, None]).flatten())
         tokens += length
     ratios = {layer: total / tokens for layer, total in active.items()}
-    return Measurement(float(torch.cat(losses).mean()), sum(ratios.values()) / len(ratios), ratios)
+    skipped = sum(1 - ratio for ratio in ratios.values())
+    mean = sum(ratios.values()) / len(ratios)
+    return Measurement(float(torch.cat(losses).mean()), mean, 1 - skipped / model.config.num_hidden_layers, ratios)
 
 
 def assert_equal(actual: Measurement, expected: Measurement) -> None:
     assert actual.loss == pytest.approx(expected.loss, rel=1e-6)
     assert actual.active_ratio == pytest.approx(expected.active_ratio, rel=1e-6)
+    assert actual.block_work == pytest.approx(expected.block_work, rel=1e-6)
     assert actual.active_ratio_per_layer == pytest.approx(expected.active_ratio_per_layer, rel=1e-6)
 
 

@@ -23,7 +23,7 @@ def test_routes_are_those_of_the_hard_model(make: object, tokenizer: PreTrainedT
     routes = find_routes(model, tokenizer, IDS, 0.5)
     assert routes.executed.tolist() == expected
     assert 0 < routes.executed.mean() < 1
-    assert routes.layers == model.routed_layers
+    assert routes.layers == tuple(map(str, model.routed_layers))
     assert routes.tokens == tuple(tokenizer.decode([token]) for token in IDS)
     assert model.hard_thresholds is None
     assert find_routes(model, tokenizer, IDS, 0.0).executed.all()
@@ -31,7 +31,7 @@ def test_routes_are_those_of_the_hard_model(make: object, tokenizer: PreTrainedT
 
 def _routes(count: int) -> Routes:
     executed = np.arange(3 * count).reshape(3, count) % 2 == 0
-    return Routes(tuple(f" token{index}" for index in range(count)), (0, 2, 5), executed)
+    return Routes(tuple(f" token{index}" for index in range(count)), ("0", "2", "5"), executed)
 
 
 @pytest.mark.parametrize(("count", "panels"), [(1, 1), (TOKENS_PER_ROW, 1), (TOKENS_PER_ROW + 3, 2)])
@@ -48,11 +48,11 @@ def test_every_token_is_under_its_column(count: int, panels: int) -> None:
 
 def test_what_can_not_be_seen_has_a_sign() -> None:
     tokens = (" the", " ", "\n\n", "$x$", "  a", "不")
-    (axes,) = draw_routes(Routes(tokens, (0,), np.ones((1, 6), bool))).axes
+    (axes,) = draw_routes(Routes(tokens, ("0",), np.ones((1, 6), bool))).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["the", "␣", "⏎⏎", "$x$", "␣a", "不"]
 
 
 def test_is_written_whatever_the_script(tmp_path: Path) -> None:
-    routes = Routes(("不", "$x", "\x00", " a"), (0,), np.ones((1, 4), bool))
+    routes = Routes(("不", "$x", "\x00", " a"), ("0",), np.ones((1, 4), bool))
     plot_routes(routes, tmp_path / "routes.png")
     assert imread(tmp_path / "routes.png").ndim == 3

@@ -27,7 +27,7 @@ def _loss(blocks: Dataset, closed: tuple[int, ...]) -> float:
 
 def test_closes_the_cheapest_gate_then_the_cheapest_beside_it(blocks: Dataset) -> None:
     model = tiny_decided_at_once("straight_through", use_cache=False)
-    first, second, third = select_static(model, blocks, 5, candidates=3)
+    first, second, third = select_static(model, blocks, 1.0, candidates=3)
     losses = {gates: _loss(blocks, gates) for size in (1, 2, 3) for gates in combinations(range(3), size)}
     best = min(range(3), key=lambda gate: losses[(gate,)])
     assert first.closed == (best,)
@@ -41,7 +41,7 @@ def test_closes_the_cheapest_gate_then_the_cheapest_beside_it(blocks: Dataset) -
 def test_tries_no_more_than_it_is_told(blocks: Dataset) -> None:
     """With one candidate it is the order of what each costs alone."""
     model = tiny_decided_at_once("straight_through", use_cache=False)
-    *_, last = select_static(model, blocks, 3, candidates=1)
+    *_, last = select_static(model, blocks, 1.0, candidates=1)
     assert list(last.closed) == sorted(range(3), key=lambda gate: _loss(blocks, (gate,)))
 
 
@@ -49,6 +49,6 @@ def test_stops_at_as_many_as_wanted_and_leaves_the_model_as_it_was(blocks: Datas
     model = tiny_decided_at_once("straight_through", use_cache=False)
     model.set_router_mode([0.25, 0.5, 0.75])
     usage = model.usage
-    assert len(select_static(model, blocks, 1, candidates=2)) == 1
+    assert len(select_static(model, blocks, 0.2, candidates=2)) == 1
     assert model.hard_thresholds == [0.25, 0.5, 0.75]
     assert model.usage is usage

@@ -1,0 +1,121 @@
+"""Let routers begin as predictions of what it costs to skip, and adapters as what makes that cost least.
+
+In turn: adapters are fitted (`fit_adapters`), with errors weighed as they cost; what each token then costs at each gate
+is estimated (`skip_costs`); linear routers are fitted to the logarithm of that, by ridge regression; and the tokens
+that would then be skipped at the target are those that adapters are fitted for the next time. Costs spread over orders
+of magnitude, so that their logarithm is what a linear map can predict; a line through the means of tokens that are
+thought alike then turns predictions into costs that are right on average.
+
+A gate's bias is such that it opens where the cost for the work is above that of the last token that is skipped, so a
+threshold of 0.5 is near the target, and other thresholds are other budgets.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from modcompile.fit_adapters import AdapterSums, new_adapters, token_size
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.routers import LinearScore
+from modcompile.skip_costs import DenseTrace, trace_dense
+from modcompile.weighted_quantile import weighted_quantile
+
+_ROUNDS = 2
+"""Of adapters and routers: the second lowers what is skipped at a fifth of the work by a tenth, a third by little."""
+_LEAST_COST = 1e-5  # in nats; below it, costs are all the same
+_RIDGE = 200.0  # tokens' worth: features are normalised
+_NUM_GROUPS = 12  # of tokens that are thought alike
+_LEAST_WEIGHT = 0.02  # of a token that is surely executed
+_SHARPNESS = 2.0  # by how much a factor of e in cost tells apart what is skipped and what is not
+
+
+@dataclass(frozen=True)
+class FittedStart:
+    """What is thought to be lost where routers are fitted, on the text they were fitted on."""
+
+    predicted_loss: float
+    """Nats a token, at the target, if what is skipped at one layer made no difference at others."""
+
+
+def fit_routers(
+    model: RoutedForCausalLM, blocks: Dataset, target: float, *, batch_size: int = 4, seed: int = 0
+) -> FittedStart:
+    """Fit the routers of a soft model, and its new adapters, on `blocks`, as `tokenize_and_pack` makes them.
+
+    `target` is the share of the work that is to be done at a threshold of 0.5.
+
+    The routers must be linear.
+    """
+    trace = trace_dense(model, blocks, batch_size=batch_size, seed=seed)
+    with torch.no_grad():
+        return _fit(model, trace, target)
+
+
+def _fit(model: RoutedForCausalLM, trace: DenseTrace, target: float) -> FittedStart:
+    adapters = new_adapters(model)
+    gates = model.gated_layers
+    work = torch.tensor([sum(model.work[layer] for layer in layers) for layers in gates], device=model.device)
+    weights: list[torch.Tensor | None] = [None] * len(gates)
+    costs = prices = torch.zeros(0)
+    for _ in range(_ROUNDS if adapters else 1):
+        for layers, of_tokens in zip(gates, weights, strict=True):
+            for layer in layers:
+                if layer in adapters:
+                    before = trace.states[layer]
+                    sums = AdapterSums(before.shape[1], model.device)
+                    sums.add(before, trace.states[layer + 1], of_tokens)
+                    sums.fit(adapters[layer], trace.metric(layer, token_size(before)))
+        costs = torch.stack([trace.costs(layers[-1], _skipped(model, trace, layers)) for layers in gates])
+        routers = [_fitted(model, trace, gate, costs[gate]) for gate in range(len(gates))]
+        prices = torch.stack([score for score, _ in routers]) - work.log().unsqueeze(1)
+        share = work.unsqueeze(1).expand_as(prices).flatten()
+        limit = weighted_quantile(prices.flatten(), share, 1 - target).clamp(prices.min() - 1, prices.max() + 1)
+        weights = list(torch.sigmoid((limit - prices) * _SHARPNESS).float() + _LEAST_WEIGHT)
+    fitted: list[Any] = list(model.routers.values())
+    for router, (_, bias), done in zip(fitted, routers, work, strict=True):
+        router.bias.copy_(bias - done.log() - limit)
+    skipped = costs[prices <= limit].sum() / costs.shape[1]
+    return FittedStart(float(skipped))
+
+
+def _skipped(model: RoutedForCausalLM, trace: DenseTrace, layers: range) -> torch.Tensor:
+    """`[N, H]`: what tokens that skip these layers have behind them."""
+    hidden = trace.states[layers.start]
+    for layer in layers:
+        adapter = model.adapters.get(layer)
+        hidden = hidden if adapter is None else adapter(hidden.to(model.dtype)).float()
+    return hidden
+
+
+def _fitted(
+    model: RoutedForCausalLM, trace: DenseTrace, gate: int, costs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit the score of a router; returns the predicted logarithms of `costs [N]`, and the bias that they include."""
+    gates, together = model.gated_layers, model.router_config.gates_per_decision
+    router = model.routers[gates[gate].start]
+    score = router.score
+    assert isinstance(score, LinearScore)
+    norm: nn.Module = score.norm
+    read = norm(trace.states[gates[gate // together * together].start].to(model.dtype)).float()
+    wanted = (costs + _LEAST_COST).log()
+    mean = wanted.mean()
+    center = read.mean(0)
+    features = (read - center).double()
+    eye = torch.eye(features.shape[1], dtype=torch.float64, device=features.device)
+    weight = torch.linalg.solve(features.T @ features + _RIDGE * eye, features.T @ (wanted - mean).double()).float()
+    slope, intercept = _line(read @ weight, costs)
+    score.down.weight.copy_(slope * weight)
+    return slope * (read @ weight) + intercept, intercept
+
+
+def _line(predicted: torch.Tensor, costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope and intercept from predictions to the logarithm of the mean cost of tokens with such predictions."""
+    groups = predicted.argsort().tensor_split(_NUM_GROUPS)
+    x = torch.stack([predicted[group].mean() for group in groups if len(group)])
+    y = torch.stack([(costs[group].mean() + _LEAST_COST).log() for group in groups if len(group)])
+    spread = (x - x.mean()).square().sum()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread > 0 else torch.ones_like(spread)
+    return slope, y.mean() - slope * x.mean()

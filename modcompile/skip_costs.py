@@ -1,0 +1,74 @@
+"""What it costs in loss to let a token skip a layer, from one pass of the dense model forward and some back.
+
+For a hidden state behind a layer that is wrong by d, the divergence of the model's prediction from what it was grows by
+½ d' F d, to the second order, where F is the Fisher information: the mean of g g' over labels drawn from the prediction
+itself, of which g is the loss's gradient with respect to the hidden state (Amari, 1998). So with some labels drawn for
+every token, its cost is the mean of ½ (g · d)². That is no first-order importance, for which the model's own prediction
+is right and every gradient nothing but noise: of a step as large as that of a layer it says how far it leads away.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+
+from modcompile.dense_layers import DenseLayers
+from modcompile.modeling import RoutedForCausalLM
+
+_NUM_LABELS = 2
+"""Drawn for every token. Costs are noisy, and what is learned from them are means over thousands of tokens."""
+
+
+@dataclass(frozen=True)
+class DenseTrace:
+    """Of N tokens of a text, padding left out: L + 1 hidden states `[N, H]`, and gradients at all but the first."""
+
+    states: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    """`[S, N, H]` each, for S drawn labels."""
+
+    def costs(self, layer: int, predicted: torch.Tensor) -> torch.Tensor:
+        """`[N]`: in nats a sequence, of `predicted [N, H]` in the place of what stands behind a layer."""
+        wrong = self.states[layer + 1] - predicted
+        return 0.5 * (self.gradients[layer] * wrong).sum(-1).square().mean(0)
+
+    def metric(self, layer: int, sizes: torch.Tensor) -> torch.Tensor:
+        """The mean F behind a layer, `[H, H]`, of errors that are divided by `sizes [N, 1]`."""
+        scaled = (self.gradients[layer] * sizes).flatten(0, 1)
+        return scaled.T @ scaled / len(scaled)
+
+
+def trace_dense(model: RoutedForCausalLM, blocks: Dataset, *, batch_size: int, seed: int) -> DenseTrace:
+    """Run the dense model of a routed one on `blocks`, as `tokenize_and_pack` makes them; float32, on its device.
+
+    Takes memory for about `(1 + 2) * N * L * H` numbers.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    states: list[list[torch.Tensor]] = []
+    gradients: list[list[torch.Tensor]] = []
+    layers = DenseLayers(model.base, model.router_config.granularity)
+    with torch.enable_grad():
+        for is_token, logits, seen in layers.over(blocks, batch_size, "Tracing the dense model"):
+            drawn = [
+                [gradient[is_token].float() for gradient in each]
+                for each in _gradients(logits[is_token], seen[1:], generator)
+            ]
+            states.append([state.detach()[is_token].float() for state in seen])
+            gradients.append([torch.stack(each) for each in zip(*drawn, strict=True)])
+    return DenseTrace(
+        [torch.cat(each) for each in zip(*states, strict=True)],
+        [torch.cat(each, 1) for each in zip(*gradients, strict=True)],
+    )
+
+
+def _gradients(
+    logits: torch.Tensor, states: list[torch.Tensor], generator: torch.Generator
+) -> list[tuple[torch.Tensor, ...]]:
+    """For each drawn set of labels, the gradients of their summed loss at the states."""
+    shares = logits.detach().float().softmax(-1)
+    found = []
+    for number in range(_NUM_LABELS):
+        labels = torch.multinomial(shares, 1, generator=generator).squeeze(1)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        found.append(torch.autograd.grad(loss, states, retain_graph=number + 1 < _NUM_LABELS))
+    return found

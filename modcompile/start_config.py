@@ -1,0 +1,47 @@
+"""The options of what a training of depth gates starts from."""
+
+from dataclasses import dataclass, field
+
+from modcompile.config import RouterConfig, check
+from modcompile.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What adapters and routers start from.
+
+    Raises:
+        ConfigError: an option is outside of its range.
+    """
+
+    adapter_start_samples: int = field(
+        default=32,
+        metadata={
+            "help": "Let new adapters of low rank start as the best linear stand-ins for their blocks, found by least "
+            "squares on this many sequences of the training data. 0: they start as the identity."
+        },
+    )
+    router_start_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Let linear routers, and new adapters with them, start from an estimate of what each token loses "
+            "where it skips, on this many sequences of the training data, near target_active_ratio. 0: gates start "
+            "open."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check("adapter_start_samples", self.adapter_start_samples, at_least=0)
+        check("router_start_samples", self.router_start_samples, at_least=0)
+
+    def check_fits(self, router: RouterConfig) -> None:
+        """Refuse routers that can't start from what is asked for.
+
+        Raises:
+            ConfigError: they are to be fitted, and have a hidden layer.
+        """
+        if self.router_start_samples and router.router_hidden_size:
+            raise ConfigError(
+                f"--router_start_samples is for linear routers, but --router_hidden_size is "
+                f"{router.router_hidden_size}; make them with --router_hidden_size 0"
+            )
