@@ -90,7 +90,10 @@ def decide_folding(foldable: Foldable, asked: Folding, build: Build, folder: Pat
             ir.save(build(foldable.fold(folding)), files[-1], external_data=f"{MODEL_FILE}.data")
         gated, dense = files
         measured = measure_break_even(gated, dense, [token for text in texts for token in text][:_PROMPT_TOKENS])
-    rare = tuple(layers for layers in left if rates[layers] < measured.skip_rate)
+    # What was measured is of the average gate; one saves as much as its layers compute.
+    work = {layers: sum(model.work[layer] for layer in layers) for layers in left}
+    average = sum(work.values()) / len(work)
+    rare = tuple(layers for layers in left if rates[layers] * work[layers] / average < measured.skip_rate)
     return DecidedFolding(gates, _sorted(Folding(constant.active + rare, constant.skipped)), named, measured)
 
 

@@ -90,12 +90,14 @@ class DepthSubject:
         return errors_to_double(self, self._model, session, cases)
 
     def usage(self, routes: Array, tokens: Array) -> float:
-        return float((routes & tokens).sum())
+        work = np.array([self._model.work[layer] for layer in self._layers])
+        return float((routes & tokens).sum((1, 2)) @ work)
 
     def record(self, result: Verification, spent: float) -> None:
         """Layers of folded gates count with what they are folded to."""
-        active = sum(map(len, self._folding.active))
-        result.active_ratio = (spent * len(self._layers) + active) / len(self._model.routed_layers)
+        work = self._model.work
+        active = sum(work[layer] for layers in self._folding.active for layer in layers)
+        result.active_ratio = (spent * len(self._layers) + active) / sum(work.values())
 
     def _left(self, case: Case) -> list[float]:
         return self._folding.kept(case.thresholds, self._model.gated_layers)

@@ -27,6 +27,7 @@ from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import Exportable, load_exportable, of_gates
 from modcompile.export.folding import UNFOLDED, asked_folding
 from modcompile.export.genai_config import write_genai_config
+from modcompile.export.layer_work import work_metadata
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
@@ -172,6 +173,8 @@ def export_folder(
         with _timed("lowering to ONNX", seconds):
             onnx_model = build(model)
             onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})
+            if model.foldable is not None:
+                onnx_model.metadata_props.update(work_metadata(model.foldable.model.work))
         with _timed("writing the ONNX model", seconds):
             ir.save(onnx_model, staging / MODEL_FILE, external_data=_DATA_FILE)
             write_genai_config(staging, onnx_model, model.config, generation, tokenizer_of())

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime as ort
 
 from modcompile.export.folded_layers import ALWAYS_ACTIVE, ALWAYS_SKIPPED, told_layers
+from modcompile.export.layer_work import told_work
 from modcompile.export.loaded_model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, LoadedModel
 from modcompile.export.overrides import Overrides
 from modcompile.export.step_binding import Array, Cache, StepBinding
@@ -22,7 +23,8 @@ class RoutedSession(Overrides):
 
     `gated_layers` are the layers of each routing mask that the artifact tells, `precision_layers` those whose bits it
     tells: none if it was exported without --emit_routing. `always_active` and `always_skipped` are layers whose gates
-    were folded: there is neither a mask nor a threshold of them. Without `providers`, CUDA is used where this
+    were folded: there is neither a mask nor a threshold of them. `work` is what layers count in an active ratio, empty
+    where they count alike. Without `providers`, CUDA is used where this
     onnxruntime has it, else the CPU; without `num_threads`, ONNX Runtime takes a thread for every core.
 
     Raises:
@@ -48,6 +50,7 @@ class RoutedSession(Overrides):
         self.always_active, self.always_skipped = (
             told_layers(self.model.metadata, key) for key in (ALWAYS_ACTIVE, ALWAYS_SKIPPED)
         )
+        self.work = told_work(self.model.metadata)
         self.thresholds = thresholds
 
     def empty_cache(self, batch: int, capacity: int = 0) -> Cache:

@@ -23,7 +23,7 @@ class ToldCounts:
         folded = session.always_active | session.always_skipped
         told = {layer for layers in session.gated_layers for layer in layers}
         routed_layers = tuple(sorted(told | folded)) if len(session.gated_layers) == session.num_thresholds else ()
-        self.usage = RoutingUsage(routed_layers) if routed_layers else None
+        self.usage = RoutingUsage(routed_layers, session.work) if routed_layers else None
         self.bits = CountedBits() if session.precision_layers else None
         self._session = session
 
