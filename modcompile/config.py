@@ -12,6 +12,7 @@ GateKind = Literal["soft", "straight_through", "hard_concrete"]
 BudgetLoss = Literal["hinge", "squared", "per_layer"]
 SkipAdapterKind = Literal["none", "scale", "low_rank"]
 
+AUTO_LAYERS = "auto"
 INIT_BIAS: dict[str, float] = {"soft": 4.0, "straight_through": 0.2, "hard_concrete": 3.0}
 """Where a router's logits start, by kind of gate, unless `router_init_bias` says otherwise.
 
@@ -70,7 +71,11 @@ class RouterConfig:
         default=None, metadata={"help": "Layer before which the range ends (by default the number of layers)."}
     )
     router_layers: str | None = field(
-        default=None, metadata={"help": "Of these layers, a list such as 2-10,12, route only those in this list."}
+        default=None,
+        metadata={
+            "help": "Of these layers, a list such as 2-10,12, route only those in this list. auto: those that some "
+            "tokens could do without, judged on a built-in text."
+        },
     )
     lock_first_layers: int = field(
         default=0, metadata={"help": "Leave this many layers at the bottom of the model unrouted, always executed."}
@@ -118,7 +123,7 @@ class RouterConfig:
         check("adapter_rank", self.adapter_rank, at_least=1)
         check_choice("gate", self.gate, tuple(INIT_BIAS))
         check_choice("skip_adapter", self.skip_adapter, ("none", "scale", "low_rank"))
-        if self.router_layers is not None:
+        if self.router_layers not in (None, AUTO_LAYERS):
             _layers_in(self.router_layers)
         if self.blocks_per_gate > 1 and self.router_pattern == "every_other":
             raise ConfigError(
@@ -143,8 +148,12 @@ class RouterConfig:
         """The model's layers that a gate executes or skips, or parts of them, in order; layers that share a gate each.
 
         Raises:
-            ConfigError: the range lies outside of the model, or selects nothing.
+            ConfigError: the range lies outside of the model, or selects nothing; or `auto` has not been resolved.
         """
+        if self.router_layers == AUTO_LAYERS:
+            raise ConfigError(
+                "--router_layers auto chooses while a model is rewritten, and not for several precisions; give a list"
+            )
         stop = num_layers if self.router_stop is None else self.router_stop
         if not self.router_start < stop <= num_layers:
             raise ConfigError(
@@ -242,9 +251,9 @@ class LossConfig:
             raise ConfigError("--lm_weight and --distill_weight are both 0: there is nothing left to learn from")
 
 
-def _layers_in(names: str) -> set[int]:
+def _layers_in(names: str | None) -> set[int]:
     try:
-        return set(layers_in(names))
+        return set(layers_in(str(names)))
     except ValueError:
         raise ConfigError(f"--router_layers is {names!r}; it must be a list of layers such as 2-10,12") from None
 

@@ -49,7 +49,8 @@ def fit_routers(
 
     The routers must be linear.
     """
-    trace = trace_dense(model, blocks, batch_size=batch_size, seed=seed)
+    granularity = model.router_config.granularity
+    trace = trace_dense(model.base, granularity, blocks, batch_size=batch_size, seed=seed)
     with torch.no_grad():
         return _fit(model, trace, target)
 

@@ -11,6 +11,7 @@ from modcompile.errors import OutputError, UnsupportedModelError
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target
 from modcompile.progress import show_elapsed
+from modcompile.proposed_layers import with_proposed_layers
 from modcompile.routed_graph import build_routed
 from modcompile.share_of_parameters import describe_share, share_of_parameters
 from modcompile.stages import stage
@@ -51,9 +52,10 @@ def write_rewritten(
     Raises:
         UnsupportedModelError: the model can't be routed.
         ConfigError: `config` selects none of its layers.
+        DataError: layers are to be chosen on a text, and there is no tokenizer.
         OutputError: `output` can't be written or must not be.
     """
-    model, difference = rewrite_model(base, config)
+    model, difference = rewrite_model(base, with_proposed_layers(config, base, tokenizer))
     write_routed_folder(model, tokenizer, output, overwrite=overwrite)
     report = {
         "model": base.config.name_or_path,

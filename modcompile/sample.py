@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if tokenizer is None:
         raise DataError("the model has no tokenizer to make tokens into text with; add its tokenizer files")
     with show_elapsed("loading"):
-        base = load_base(source).to(fastest_device())
+        base = load_base(source)
+        nn.Module.to(base, fastest_device())
     positions = getattr(base.config, "max_position_embeddings", None)
     longest = config.tokens_per_text + len(tokenizer("").input_ids)
     if positions is not None and longest > positions:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from modcompile.dense_layers import DenseLayers
-from modcompile.modeling import RoutedForCausalLM
+from modcompile.granularity import Granularity
 
 _NUM_LABELS = 2
 """Drawn for every token. Costs are noisy, and what is learned from them are means over thousands of tokens."""
@@ -38,15 +39,17 @@ class DenseTrace:
         return scaled.T @ scaled / len(scaled)
 
 
-def trace_dense(model: RoutedForCausalLM, blocks: Dataset, *, batch_size: int, seed: int) -> DenseTrace:
-    """Run the dense model of a routed one on `blocks`, as `tokenize_and_pack` makes them; float32, on its device.
+def trace_dense(
+    base: PreTrainedModel, granularity: Granularity, blocks: Dataset, *, batch_size: int, seed: int
+) -> DenseTrace:
+    """Run a base model on `blocks`, as `tokenize_and_pack` makes them; in float32, on its device.
 
     Takes memory for about `(1 + 2) * N * L * H` numbers.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(base.device).manual_seed(seed)
     states: list[list[torch.Tensor]] = []
     gradients: list[list[torch.Tensor]] = []
-    layers = DenseLayers(model.base, model.router_config.granularity)
+    layers = DenseLayers(base, granularity)
     with torch.enable_grad():
         for is_token, logits, seen in layers.over(blocks, batch_size, "Tracing the dense model"):
             drawn = [

@@ -3,8 +3,6 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import kl_div
 
-from modcompile.config import RouterConfig
-from modcompile.routed_graph import build_routed
 from modcompile.skip_costs import DenseTrace, trace_dense
 from tests.tiny_models import HIDDEN_SIZE
 from tests.tiny_routed import tiny_base
@@ -20,8 +18,7 @@ def trace() -> DenseTrace:
     mask = torch.tensor([[1, 1, 1, 1, 0]])
     columns = {"input_ids": ids, "attention_mask": mask, "labels": ids}
     blocks = Dataset.from_dict({name: tensor.expand(ROWS, -1).tolist() for name, tensor in columns.items()})
-    model = build_routed(tiny_base(), RouterConfig(router_hidden_size=0), use_cache=False)
-    return trace_dense(model, blocks, batch_size=150, seed=0)
+    return trace_dense(tiny_base(), "block", blocks, batch_size=150, seed=0)
 
 
 def test_holds_every_token_but_padding(trace: DenseTrace) -> None:
