@@ -10,7 +10,6 @@ A gate's bias is such that it opens where the cost for the work is above that of
 threshold of 0.5 is near the target, and other thresholds are other budgets.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,30 +31,24 @@ _LEAST_WEIGHT = 0.02  # of a token that is surely executed
 _SHARPNESS = 2.0  # by how much a factor of e in cost tells apart what is skipped and what is not
 
 
-@dataclass(frozen=True)
-class FittedStart:
-    """What is thought to be lost where routers are fitted, on the text they were fitted on."""
-
-    predicted_loss: float
-    """Nats a token, at the target, if what is skipped at one layer made no difference at others."""
-
-
+@torch.no_grad()
 def fit_routers(
     model: RoutedForCausalLM, blocks: Dataset, target: float, *, batch_size: int = 4, seed: int = 0
-) -> FittedStart:
-    """Fit the routers of a soft model, and its new adapters, on `blocks`, as `tokenize_and_pack` makes them.
+) -> float | None:
+    """Fit the linear routers of a soft model, and its new adapters, on `blocks`, as `tokenize_and_pack` makes them.
 
-    `target` is the share of the work that is to be done at a threshold of 0.5.
-
-    The routers must be linear.
+    `target` is the share of the work that is to be done at a threshold of 0.5. Returns what is thought to be lost
+    there, in nats a token, if what is skipped at one layer made no difference at others; None where routers have been
+    fitted or trained already, and all stays as it is.
     """
-    granularity = model.router_config.granularity
-    trace = trace_dense(model.base, granularity, blocks, batch_size=batch_size, seed=seed)
-    with torch.no_grad():
-        return _fit(model, trace, target)
+    routers: list[Any] = list(model.routers.values())
+    if any(router.score.down.weight.any() for router in routers):
+        return None
+    trace = trace_dense(model.base, model.router_config.granularity, blocks, batch_size=batch_size, seed=seed)
+    return _fit(model, trace, target)
 
 
-def _fit(model: RoutedForCausalLM, trace: DenseTrace, target: float) -> FittedStart:
+def _fit(model: RoutedForCausalLM, trace: DenseTrace, target: float) -> float:
     adapters = new_adapters(model)
     gates = model.gated_layers
     work = torch.tensor([sum(model.work[layer] for layer in layers) for layers in gates], device=model.device)
@@ -79,7 +72,7 @@ def _fit(model: RoutedForCausalLM, trace: DenseTrace, target: float) -> FittedSt
     for router, (_, bias), done in zip(fitted, routers, work, strict=True):
         router.bias.copy_(bias - done.log() - limit)
     skipped = costs[prices <= limit].sum() / costs.shape[1]
-    return FittedStart(float(skipped))
+    return float(skipped)
 
 
 def _skipped(model: RoutedForCausalLM, trace: DenseTrace, layers: range) -> torch.Tensor:

@@ -24,9 +24,9 @@ class StartConfig:
     router_start_samples: int = field(
         default=0,
         metadata={
-            "help": "Let linear routers, and new adapters with them, start from an estimate of what each token loses "
-            "where it skips, on this many sequences of the training data, near target_active_ratio. 0: gates start "
-            "open."
+            "help": "Let new routers, which must be linear, and new adapters with them, start from an estimate of what "
+            "each token loses where it skips, on this many sequences of the training data, near target_active_ratio. "
+            "0: gates start open."
         },
     )
 

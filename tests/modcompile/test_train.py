@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from modcompile.artifacts import load_with_routers, read_report, read_router_config
 from modcompile.config import RouterConfig
+from modcompile.errors import ConfigError
 from modcompile.train import main
 from tests.folder_contents import contents
 from tests.training_commands import error_of, fast_flags, train_until_killed
@@ -87,6 +88,18 @@ def test_trains_adapters_to_predict_what_the_dense_model_does(base_folder: Path,
     metrics = training["metrics"]
     expected = 2 * metrics["eval_distill_loss"] + training["budget"]["router_lambda"] * metrics["eval_budget_loss"]
     assert metrics["eval_loss"] == pytest.approx(expected)
+
+
+def test_starts_from_what_skipping_costs(base_folder: Path, data: list[str]) -> None:
+    flags = ["--router_hidden_size", "0", "--skip_adapter", "low_rank", "--adapter_rank", "3", "--learning_rate", "0"]
+    flags += ["--router_start_samples", "4", "--target_active_ratio", "0.5"]
+    main(["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, *flags])
+    weights = load_file("out/routers.safetensors")
+    assert all(tensor.any() for tensor in weights.values())
+    assert read_report(Path("out"))["training"]["metrics"]["eval_active_ratio"] == pytest.approx(0.5, abs=0.2)
+    with pytest.raises(ConfigError, match="--router_start_samples is for linear routers"):
+        main(["--model_name_or_path", str(base_folder), "--output_dir", "hidden", *data, "--router_start_samples", "4"])
+    assert not Path("hidden").exists()
 
 
 def test_default_place_is_named_after_the_model(base_folder: Path, data: list[str], tmp_path: Path) -> None:
