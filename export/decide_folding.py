@@ -63,9 +63,10 @@ def decide_folding(foldable: Foldable, asked: Folding, build: Build, folder: Pat
     """Fold, besides the gates asked for, those that are constant on the texts, and those that skip too rarely.
 
     Where gates are decided at once, each is charged its share of the decision, though folding it alone saves its `If`
-    only. `build` lowers to ONNX; the models that are measured lie in `folder` for as long as that takes. What pays is
-    judged for decoding one row, where a token alone decides on a block. The rates are those of a model in which only
-    the gates asked for are folded.
+    only: that share is less than can be measured (`benchmarks.routing_overhead`). `build` lowers to ONNX; the models
+    that are measured lie in `folder` for as long as that takes. What pays is judged for decoding one row, where a token
+    alone decides on a block, and a gate saves as much as its layers compute. The rates are those of a model in which
+    only the gates asked for are folded.
 
     Raises:
         ArtifactError: ONNX Runtime can't run what is measured.
