@@ -1,6 +1,6 @@
 """A dense model as its layers see it: the hidden states between them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,11 @@ class DenseLayers:
 
     def __init__(self, base: PreTrainedModel, granularity: Granularity) -> None:
         self._graph = trace_layers(base, granularity, use_cache=False).eval()
-        names = ["prologue", *(str(call.target) for call in block_calls(self._graph.graph))]
-        self._modules: Sequence[nn.Module] = [self._graph.get_submodule(name) for name in names]
+        calls = block_calls(self._graph.graph)
+        first: Any = calls[0].args[0]
+        # What the prologue returns is in any order; a block returns the hidden state first.
+        self._watched = [(self._graph.get_submodule("prologue"), int(first.args[1]))]
+        self._watched += [(self._graph.get_submodule(str(call.target)), 0) for call in calls]
 
     def run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits `[B, T, V]`, and the hidden states `[B, T, H]` in front of every layer and behind the last.
@@ -31,7 +34,7 @@ class DenseLayers:
         Where gradients are on, the logits have one with respect to all of these.
         """
         states: list[torch.Tensor] = []
-        with _listening(self._modules, states):
+        with _listening(self._watched, states):
             (logits,) = self._graph(*graph_inputs(self._graph, input_ids, attention_mask))
         return logits, states
 
@@ -46,15 +49,20 @@ class DenseLayers:
 
 
 @contextmanager
-def _listening(modules: Sequence[nn.Module], heard: list[torch.Tensor]) -> Iterator[None]:
-    def hook(module: nn.Module, _: Any, output: Any) -> Any:
-        hidden, *others = output
-        if torch.is_grad_enabled() and not hidden.requires_grad:
-            hidden = hidden.detach().requires_grad_()
-        heard.append(hidden)
-        return (hidden, *others)
+def _listening(watched: Sequence[tuple[nn.Module, int]], heard: list[torch.Tensor]) -> Iterator[None]:
+    """Collect what modules return at some position; the first is then what gradients begin at."""
 
-    handles = [module.register_forward_hook(hook) for module in modules]
+    def hook(position: int) -> Callable[..., Any]:
+        def returned(_: nn.Module, __: Any, output: Any) -> Any:
+            values = list(output)
+            if torch.is_grad_enabled() and not values[position].requires_grad:
+                values[position] = values[position].detach().requires_grad_()
+            heard.append(values[position])
+            return tuple(values)
+
+        return returned
+
+    handles = [module.register_forward_hook(hook(position)) for module, position in watched]
     try:
         yield
     finally:
