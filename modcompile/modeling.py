@@ -45,7 +45,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     A routed layer is one that a gate may skip. `routed_layers` are all of them, `gated_layers` for each gate those that
     it executes or skips together: one, or with `blocks_per_gate` several consecutive ones. `work` is what each routed
-    layer counts in an active ratio: 1, or of halves of blocks what is computed only where they are executed.
+    layer counts in an active ratio: 1, or of halves of blocks their share of a whole one.
     """
 
     main_input_name = "input_ids"

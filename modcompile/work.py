@@ -6,20 +6,19 @@ from torch import fx, nn
 
 from modcompile.granularity import Granularity, halves_blocks
 from modcompile.passes.outlined_form import inner_block
-from modcompile.passes.skip_block import skip_block
 
 
 def work_of_layers(soft: fx.GraphModule, layers: Sequence[int], granularity: Granularity) -> dict[int, float]:
     """By layer of a soft graph: 1 for a whole block, and for half of one its share of the whole.
 
-    What counts is what is computed only where it is executed, in parameters, each of which a token takes a product
-    with: an attention counts without its keys and values.
+    That is its share of the parameters, with each of which a token takes a product. Keys and values count with the
+    attention, though they are computed for skipped tokens, too; so they do where whole blocks are skipped.
     """
     if not halves_blocks(granularity):
         return dict.fromkeys(layers, 1.0)
     work = {}
     for layer in layers:
-        mine, other = (_saved(_block(soft, half)) for half in (layer, layer ^ 1))
+        mine, other = (_parameters(_block(soft, half)) for half in (layer, layer ^ 1))
         work[layer] = mine / (mine + other)
     return work
 
@@ -28,10 +27,6 @@ def _block(soft: fx.GraphModule, layer: int) -> fx.GraphModule:
     block = soft.get_submodule(f"blocks.{layer}")
     assert isinstance(block, fx.GraphModule)
     return inner_block(inner_block(block)) if hasattr(block, "router") else block
-
-
-def _saved(block: fx.GraphModule) -> int:
-    return _parameters(block) - _parameters(skip_block(block))
 
 
 def _parameters(module: nn.Module) -> int:

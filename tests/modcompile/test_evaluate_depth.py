@@ -3,16 +3,21 @@ import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from matplotlib.image import imread
 
+from modcompile.artifacts import write_routed_folder
+from modcompile.config import RouterConfig
 from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
 from modcompile.evaluate import main
 from modcompile.evaluation_text import EvaluationTextConfig, load_evaluation_blocks
 from modcompile.perplexity import evaluate_model
-from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
+from modcompile.routed_graph import build_routed
+from tests.tiny_routed import ROUTED_LAYERS, tiny_base, tiny_routed
+from tests.tiny_tokenizer import make_tokenizer
 
 FAST = ["--sequence_length", "64", "--max_samples", "3"]
 
@@ -150,3 +155,19 @@ def test_draws_which_tokens_used_which_layers(own_folder: Path, capsys: pytest.C
 def test_refuses_a_sweep_that_is_none(own_folder: Path, flag: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"^--{flag} is "):
         main([str(own_folder), "--sweep", f"--{flag}", value])
+
+
+def test_halves_are_told_by_their_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = RouterConfig(granularity="attn+mlp", router_start=1, router_stop=2, router_hidden_size=0)
+    model = build_routed(tiny_base(), config)
+    with torch.no_grad():
+        cast(Any, model.routers[3]).bias.fill_(-1.0)
+    write_routed_folder(model, make_tokenizer(), tmp_path / "halves")
+    capsys.readouterr()
+    main([str(tmp_path / "halves"), *FAST])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "hard active ratio by layer: 1.attn:1.000 1.mlp:0.000"
+    *_, active_ratio, block_work = lines[-2].removesuffix("  threshold 0.5").split()
+    assert float(active_ratio) == pytest.approx(1 - model.work[3], abs=6e-4)
+    # Of three blocks, one is routed.
+    assert float(block_work) == pytest.approx(1 - model.work[3] / 3, abs=6e-4)

@@ -12,14 +12,15 @@ def test_whole_blocks_count_alike() -> None:
     assert model.work == {1: 1.0, 2: 1.0}
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("granularity", ["attn", "mlp", "attn+mlp"])
-def test_halves_count_as_what_is_not_computed_where_they_are_skipped(granularity: Granularity) -> None:
+def test_halves_count_as_their_parameters(granularity: Granularity, use_cache: bool) -> None:
     base = tiny_base()
-    model = build_routed(base, RouterConfig(granularity=granularity, skip_adapter="low_rank"))
-    queries_and_output = 2 * HIDDEN_SIZE**2
-    mlp = 3 * HIDDEN_SIZE * base.config.intermediate_size + HIDDEN_SIZE  # and its norm
-    attention = queries_and_output / (queries_and_output + mlp)
+    config = RouterConfig(granularity=granularity, skip_adapter="low_rank")
+    model = build_routed(base, config, use_cache=use_cache)
+    attention = 3 * HIDDEN_SIZE**2 + HIDDEN_SIZE  # with half as many heads of keys and values, and a norm
+    mlp = 3 * HIDDEN_SIZE * base.config.intermediate_size + HIDDEN_SIZE
     for layer, work in model.work.items():
-        assert work == pytest.approx(1 - attention if layer % 2 else attention)
+        assert work == pytest.approx((mlp if layer % 2 else attention) / (mlp + attention))
     if granularity == "attn+mlp":
         assert sum(model.work.values()) == pytest.approx(3)
