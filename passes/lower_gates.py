@@ -18,7 +18,7 @@ The result is the form for inference: no gradient reaches parameters inside the 
 
 What it costs where every block is executed (`python -m benchmarks.routing_overhead`, a decode step of SmolLM2-135M in
 groups of 128 on one thread, ten gates of three blocks each, five decided at once): 4.2 % with masks, of which the `If`s
-are 2.4 % (30 µs each, a third of it to hand over the weights), the masks and the norms that can't be fused across them
+are 2.4 % (30 µs each, half of it to hand over the weights), the masks and the norms that can't be fused across them
 1.7 %, deciding 0.1 %. It is the serial part of a step: with more threads its share grows.
 """
 
