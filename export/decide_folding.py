@@ -91,11 +91,18 @@ def decide_folding(foldable: Foldable, asked: Folding, build: Build, folder: Pat
             ir.save(build(foldable.fold(folding)), files[-1], external_data=f"{MODEL_FILE}.data")
         gated, dense = files
         measured = measure_break_even(gated, dense, [token for text in texts for token in text][:_PROMPT_TOKENS])
-    # What was measured is of the average gate; one saves as much as its layers compute.
     work = {layers: sum(model.work[layer] for layer in layers) for layers in left}
-    average = sum(work.values()) / len(work)
-    rare = tuple(layers for layers in left if rates[layers] * work[layers] / average < measured.skip_rate)
+    rare = too_rare(rates, work, measured.skip_rate)
     return DecidedFolding(gates, _sorted(Folding(constant.active + rare, constant.skipped)), named, measured)
+
+
+def too_rare(rates: Mapping[range, float], work: Mapping[range, float], skip_rate: float) -> tuple[range, ...]:
+    """Of the gates in `work`, those that skip too rarely, where `skip_rate` is the least of the average gate.
+
+    A gate saves as much as its layers compute, and costs what any gate does.
+    """
+    average = sum(work.values()) / len(work)
+    return tuple(layers for layers in work if rates[layers] * work[layers] / average < skip_rate)
 
 
 def _sorted(folding: Folding) -> Folding:

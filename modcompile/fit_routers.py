@@ -23,7 +23,7 @@ from modcompile.skip_costs import DenseTrace, trace_dense
 from modcompile.weighted_quantile import weighted_quantile
 
 _ROUNDS = 2
-"""Of adapters and routers: the second lowers what is skipped at a fifth of the work by a tenth, a third by little."""
+"""Of adapters and routers: only after the first is it known which tokens adapters are for."""
 _LEAST_COST = 1e-5  # in nats; below it, costs are all the same
 _RIDGE = 200.0  # tokens' worth: features are normalised
 _NUM_GROUPS = 12  # of tokens that are thought alike

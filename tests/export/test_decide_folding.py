@@ -7,7 +7,7 @@ import torch
 
 from modcompile.export.break_even import BreakEven
 from modcompile.export.build_model import build_model
-from modcompile.export.decide_folding import DecidedFolding, decide_folding
+from modcompile.export.decide_folding import DecidedFolding, decide_folding, too_rare
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.exportable import Exportable, Foldable, load_exportable
 from modcompile.export.folding import UNFOLDED, Folding
@@ -59,6 +59,13 @@ def test_constant_gates_need_no_measurement(
     assert decided.folding == folding
     assert decided.break_even is None
     assert decided.summary().endswith(": the artifact is dense")
+
+
+def test_a_gate_on_little_work_must_skip_more_often() -> None:
+    rates = {FIRST: 0.2, LAST: 0.2, range(1, 2): 0.9}
+    assert too_rare(rates, {FIRST: 1.0, LAST: 1.0}, 0.19) == ()
+    assert too_rare(rates, {FIRST: 0.5, LAST: 1.5}, 0.19) == (FIRST,)
+    assert too_rare(rates, {FIRST: 1.0, LAST: 1.0}, 0.21) == (FIRST, LAST)
 
 
 def test_tells_what_was_measured() -> None:

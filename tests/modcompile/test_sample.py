@@ -72,7 +72,7 @@ def test_needs_a_tokenizer(base_folder: Path, tmp_path: Path) -> None:
         main([str(tmp_path), "--output_file", str(tmp_path / "texts.jsonl")])
 
 
-def test_is_known_by_its_tokenizer(base_folder: Path, tmp_path: Path) -> None:
+def test_writes_no_special_tokens(base_folder: Path, tmp_path: Path) -> None:
     """No token that ends a text or begins one, though an untrained model finds all alike."""
     path = tmp_path / "texts.jsonl"
     main([str(base_folder), "--output_file", str(path), "--texts", "8", "--tokens_per_text", "60"])
