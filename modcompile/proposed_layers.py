@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modcompile.config import AUTO_LAYERS, RouterConfig
+from modcompile.config import RouterConfig
 from modcompile.corpus import builtin_documents
 from modcompile.errors import ConfigError, DataError
 from modcompile.layer_ranges import name_of, runs_of
@@ -26,14 +26,12 @@ _SEQUENCES, _LENGTH = 8, 256
 def with_proposed_layers(
     config: RouterConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> RouterConfig:
-    """The configuration with a list in the place of `--router_layers auto`, or as it is.
+    """The configuration with a list in the place of `--router_layers auto`.
 
     Raises:
         DataError: there is no tokenizer to read a text with.
         ConfigError: the rest of the configuration leaves no layer to choose from.
     """
-    if config.router_layers != AUTO_LAYERS:
-        return config
     if tokenizer is None:
         raise DataError("--router_layers auto reads a text, and the model has no tokenizer; add its files, or a list")
     candidates = replace(config, router_layers=None).routed_layers(len(find_layers(base)))

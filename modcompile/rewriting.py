@@ -6,12 +6,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modcompile.artifacts import has_trained_routers, is_routed_folder, update_report, write_routed_folder
-from modcompile.config import RouterConfig
+from modcompile.config import AUTO_LAYERS, RouterConfig
 from modcompile.errors import OutputError, UnsupportedModelError
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target
 from modcompile.progress import show_elapsed
-from modcompile.proposed_layers import with_proposed_layers
 from modcompile.routed_graph import build_routed
 from modcompile.share_of_parameters import describe_share, share_of_parameters
 from modcompile.stages import stage
@@ -55,7 +54,12 @@ def write_rewritten(
         DataError: layers are to be chosen on a text, and there is no tokenizer.
         OutputError: `output` can't be written or must not be.
     """
-    model, difference = rewrite_model(base, with_proposed_layers(config, base, tokenizer))
+    if config.router_layers == AUTO_LAYERS:
+        # Only here: what reads a text takes a second to import.
+        from modcompile.proposed_layers import with_proposed_layers
+
+        config = with_proposed_layers(config, base, tokenizer)
+    model, difference = rewrite_model(base, config)
     write_routed_folder(model, tokenizer, output, overwrite=overwrite)
     report = {
         "model": base.config.name_or_path,

@@ -34,9 +34,10 @@ def test_the_folder_names_the_layers(tmp_path: Path) -> None:
     assert set(model.routed_layers) <= {1, 2}
 
 
-def test_a_list_stays_a_list() -> None:
-    config = RouterConfig(router_layers="1")
-    assert with_proposed_layers(config, tiny_base(), None) is config
+def test_a_list_stays_a_list_and_needs_no_text(tmp_path: Path) -> None:
+    config = RouterConfig(router_layers="1", router_hidden_size=0)
+    write_rewritten(tiny_base(), None, config, tmp_path / "routed", overwrite=False)
+    assert read_router_config(tmp_path / "routed") == config
 
 
 def test_needs_a_tokenizer() -> None:

@@ -4,6 +4,7 @@ import pytest
 from torch import fx, nn
 
 from modcompile.passes import harden_gates, insert_depth_gates, lower_gates
+from modcompile.passes.group_blocks import group_blocks
 from modcompile.passes.outlined_form import (
     block_calls,
     called_modules,
@@ -72,9 +73,10 @@ def test_called_modules_are_shared_and_named_as_called(forms: dict[str, fx.Graph
     assert all(modules[name] is dense.get_submodule(name) for name in modules)
 
 
-def test_a_group_is_what_only_calls_modules(forms: dict[str, fx.GraphModule]) -> None:
+def test_a_group_is_what_only_calls_its_members(forms: dict[str, fx.GraphModule]) -> None:
     dense = forms["dense"]
-    assert is_group(dense)  # it calls prologue, blocks and epilogue
+    assert is_group(group_blocks(dense, [range(1, 3)]).get_submodule("blocks.1-2"))
+    assert not is_group(dense)  # it calls prologue, blocks and epilogue, which are no members
     assert not any(is_group(module) for module in called_modules(dense).values())
     assert not is_group(forms["lowered"].get_submodule("blocks.0"))
     assert not is_group(nn.Sequential(nn.Linear(2, 2)))
