@@ -27,14 +27,16 @@ from modcompile.export.verification import versions
 _RESULTS = Path(__file__).parent / "results"
 _WEIGHTS = "--export --verify none --weights int4 --group_size 128"
 _ROUTED = f"{_WEIGHTS} --router_hidden_size 0"
-DENSE, MASKS = "dense", "masks"
+DENSE, MASKS = "dense", "no unmasked branch, masks"
 EXPORTS = {
     DENSE: f"{_WEIGHTS} --always_active all",
-    "compact": f"{_ROUTED} {{joined}}",
-    MASKS: f"{_ROUTED} {{joined}} --prefill mask",
-    "compact, every gate decided alone": f"{_ROUTED} --blocks_per_gate {{blocks_per_gate}}",
-    "compact, a gate for every block": f"{_ROUTED} --gates_per_decision 5",
-    "compact, low-rank adapters": f"{_ROUTED} {{joined}} --skip_adapter low_rank",
+    "routed": f"{_ROUTED} {{joined}} --unmasked_branch always",
+    "routed, every gate decided alone": f"{_ROUTED} --blocks_per_gate {{blocks_per_gate}} --unmasked_branch always",
+    "routed, a gate for every block": f"{_ROUTED} --gates_per_decision 5 --unmasked_branch always",
+    "routed, low-rank adapters": f"{_ROUTED} {{joined}} --skip_adapter low_rank --unmasked_branch always",
+    "no unmasked branch": f"{_ROUTED} {{joined}} --unmasked_branch never",
+    "no unmasked branch, low-rank adapters": f"{_ROUTED} {{joined}} --skip_adapter low_rank --unmasked_branch never",
+    MASKS: f"{_ROUTED} {{joined}} --prefill mask --unmasked_branch never",
 }
 """What is measured, and how it is exported; `joined` gates are as in the exports that peers are compared with."""
 
@@ -88,8 +90,8 @@ def export_all(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
 def alter(masks: Path, folder: Path) -> dict[str, Path]:
     """Write what is left of an export with masks when parts of it are taken out."""
     altered = {
-        "masks, weights in the branches": weights_in_branches(ir.load(masks)),
-        "masks, without Ifs": without_ifs(ir.load(masks)),
+        f"{MASKS}, weights in the branches": weights_in_branches(ir.load(masks)),
+        f"{MASKS}, without Ifs": without_ifs(ir.load(masks)),
         "deciding only: without Ifs and masks": without_ifs(ir.load(masks), masks=False),
     }
     files = {}

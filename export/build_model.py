@@ -16,11 +16,13 @@ from torch import fx
 
 from modcompile.export.compose_graph import Composer, Operand, opset_imports
 from modcompile.export.hoist_shared import HoistShared
+from modcompile.export.inner_weights import InnerWeights
 from modcompile.export.pretranspose_weights import PretransposeWeights
 from modcompile.export.quiet_exporter import quiet_exporter
 from modcompile.export.store_half import StoreHalf
 from modcompile.layer_ranges import name_of
 from modcompile.passes import fuse_operators
+from modcompile.passes.add_unmasked_branch import add_unmasked_branch
 from modcompile.passes.compact_tokens import compact_tokens
 from modcompile.passes.fuse_for_onnxruntime import fuse_for_onnxruntime
 from modcompile.passes.join_decisions import join_decisions
@@ -42,15 +44,19 @@ def build_model(
     emit_routing: bool = False,
     max_positions: int | None = None,
     compact: bool = False,
+    unmasked_branch: bool = False,
     half: bool = False,
 ) -> ir.Model:
     """The ONNX model of a graph in the form that `lower_gates` returns (or in outlined form, for a dense model).
 
     With `max_positions`, how long a sequence may get, it has the operators that ONNX Runtime alone has; without, those
-    of the ONNX standard. `compact` is for blocks that compute the open tokens only (`compact_tokens`). With `half`,
-    weights that float16 holds exactly are stored so. Weights are not copied: the tensors of the result are those of
+    of the ONNX standard. `compact` is for blocks that compute the open tokens only (`compact_tokens`), and
+    `unmasked_branch` for those that have a branch without masks. With `half`, weights that float16 holds exactly are
+    stored so. Weights are not copied: the tensors of the result are those of
     `gm` until it is saved.
     """
+    if unmasked_branch:
+        gm = add_unmasked_branch(gm)
     gm = fuse_operators(join_decisions(gm))
     if compact:
         gm = compact_tokens(gm)
@@ -101,6 +107,7 @@ def build_model(
             *([StoreHalf()] if half else []),
             common_passes.DeduplicateInitializersPass(),
             HoistShared(),
+            InnerWeights(),
             common_passes.OutputFixPass(),
             common_passes.RemoveUnusedNodesPass(),
             common_passes.RemoveUnusedOpsetsPass(),

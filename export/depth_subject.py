@@ -14,7 +14,7 @@ from modcompile.export.paired_steps import largest
 from modcompile.export.session import RoutedSession
 from modcompile.export.shipped_perplexity import ShippedPerplexity
 from modcompile.export.step_binding import Array
-from modcompile.export.tell_routes import TellRoutes
+from modcompile.export.tell_routes import BRANCH, TellRoutes, has_unmasked_branch
 from modcompile.export.verification import Verification
 from modcompile.export.verification_inputs import Case
 from modcompile.layer_ranges import name_of
@@ -38,6 +38,7 @@ class DepthSubject:
         self._folding = folding
         self._gates = folding.kept(model.gated_layers, model.gated_layers)
         self._layers = [layer for layers in self._gates for layer in layers]
+        self._unmasked: set[range] = set()  # known once a graph tells
         self._before = model.hard_thresholds
         self._perplexity = perplexity
         self._shipped: Array = np.zeros(0)
@@ -47,7 +48,8 @@ class DepthSubject:
 
     @property
     def branches(self) -> Mapping[int, Sequence[str]]:
-        return dict.fromkeys(self._layers, ("skipped", "executed"))
+        names = ("skipped", "executed", "executed without masks")
+        return {layer: names[: 3 if layers in self._unmasked else 2] for layers in self._gates for layer in layers}
 
     def stored(self, case: Case) -> Mapping[str, Array]:
         return {THRESHOLD_INPUT: np.asarray(self._left(case), np.float32)} if self._gates else {}
@@ -61,6 +63,7 @@ class DepthSubject:
 
     def tell(self, model: ir.Model) -> None:
         FloatActivations()(model)
+        self._unmasked = {layers for layers in self._gates if has_unmasked_branch(model, layers)}
         TellRoutes(self._gates)(model)
 
     def torch_routes(self, output: Any) -> Array:
@@ -69,7 +72,7 @@ class DepthSubject:
 
     def onnx_routes(self, told: Mapping[str, Array], ids: Array) -> tuple[Array, list[int]]:
         masks = [told[f"routing.{name_of(layers)}"] for layers in self._gates for _ in layers]
-        return _stacked(masks, ids), [int(mask.any()) for mask in masks]
+        return _stacked(masks, ids), [int(told[f"{BRANCH}{name_of(layers)}"]) for layers in self._gates for _ in layers]
 
     def measure_shipped(self, shipped: RoutedSession, cases: Sequence[Case], result: Verification) -> None:
         if self._perplexity is None:

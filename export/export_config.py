@@ -6,6 +6,7 @@ from typing import Literal
 from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold
 from modcompile.config import check_choice
 from modcompile.errors import ConfigError
+from modcompile.export.unmasked_branch import MAX_BYTES, UnmaskedBranch
 from modcompile.precision_config import GROUP_SIZES as TEXT_GROUP_SIZES
 from modcompile.precision_config import RoundingMethod
 
@@ -75,6 +76,14 @@ class ExportConfig:
             "help": "How a block that some tokens of a prompt need is executed. compact: the projections after "
             "attention and the MLP only for the tokens that need it. mask: for all tokens, and those that skip it keep "
             "what they had, which is about a hundredth faster where every token needs every block."
+        },
+    )
+    unmasked_branch: UnmaskedBranch = field(
+        default="auto",
+        metadata={
+            "help": "Whether routed blocks get a branch without masks for calls in which every token needs them, such "
+            "as a step of one row: that is faster, and takes as many bytes of memory more as their weights have. auto: "
+            f"for integers of up to {MAX_BYTES // 2**20} MiB."
         },
     )
     hard_threshold: float | str = field(
@@ -150,6 +159,9 @@ class ExportConfig:
         check_choice("target", self.target, ("ort", "onnx"))
         check_choice("fold_gates", self.fold_gates, ("auto", "none"))
         check_choice("prefill", self.prefill, ("mask", "compact"))
+        check_choice("unmasked_branch", self.unmasked_branch, ("auto", "always", "never"))
+        if self.unmasked_branch == "always" and self.target == "onnx":
+            raise ConfigError("--unmasked_branch always is for --target ort: leave one of them out")
         check_hard_threshold(self.hard_threshold)
         check_choice("weights", self.weights, ("fp32", "fp16", *INTEGER_WEIGHTS))
         check_choice("rounding", self.rounding, ("rtn", "gptq"))

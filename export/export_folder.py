@@ -29,6 +29,7 @@ from modcompile.export.folding import UNFOLDED, asked_folding
 from modcompile.export.genai_config import write_genai_config
 from modcompile.export.layer_work import work_metadata
 from modcompile.export.session import MODEL_FILE
+from modcompile.export.unmasked_branch import wants_unmasked_branch
 from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
@@ -150,11 +151,14 @@ def export_folder(
         max_positions = model.max_positions if config.target == "ort" else None
 
     def build(exportable: Exportable) -> ir.Model:
+        gm = exportable.graph()
         return build_model(
-            exportable.graph(),
+            gm,
             emit_routing=config.emit_routing,
             max_positions=max_positions,
             compact=config.prefill == "compact",
+            unmasked_branch=config.target == "ort"
+            and wants_unmasked_branch(config.unmasked_branch, gm, integers=config.weight_rounding is not None),
             half=config.weights == "fp16",
         )
 

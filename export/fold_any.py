@@ -8,19 +8,21 @@ After::
 
     needed = ReduceMax(routing_mask)
 
-`ReduceMax` takes booleans from opset 20 on.
+and likewise `ReduceMin`, whether all are true. Both take booleans from opset 20 on.
 """
 
 import onnx_ir as ir
 
+_REDUCTIONS = ("ReduceMax", "ReduceMin")
+
 
 class FoldAny(ir.passes.InPlacePass):
-    """Drop the casts around a `ReduceMax` that go from bool to another type and back."""
+    """Drop the casts around such a reduction that go from bool to another type and back."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            if node.op_type != "ReduceMax":
+            if node.op_type not in _REDUCTIONS:
                 continue
             (reduced,) = node.outputs
             before = node.inputs[0].producer() if node.inputs[0] is not None else None

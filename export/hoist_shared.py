@@ -1,6 +1,6 @@
 """Compute once what the branches of all layers compute from the same values.
 
-Before, in the branches of every `If`::
+Before, in the branches of every `If`, and in those of an `If` in them::
 
     If(needed_0) { …  c = Unsqueeze(cos, 1) … }
     If(needed_1) { …  c = Unsqueeze(cos, 1) … }
@@ -17,7 +17,7 @@ constants and values that the `If` nodes of more than one layer read: what belon
 value with a weight of its own, say) stays where it may be skipped.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -48,8 +48,14 @@ class HoistShared(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _branches(conditional: ir.Node) -> Iterable[ir.Graph]:
-    return [attribute.as_graph() for attribute in conditional.attributes.values()]
+def _branches(conditional: ir.Node) -> Iterator[ir.Graph]:
+    """Those of the `If` nodes in them, too."""
+    for attribute in conditional.attributes.values():
+        branch = attribute.as_graph()
+        yield branch
+        for node in branch:
+            if node.op_type == conditional.op_type:
+                yield from _branches(node)
 
 
 def _read_by_many(graph: ir.Graph, conditionals: list[ir.Node]) -> set[ir.Value]:

@@ -15,6 +15,7 @@ NUM_DECODE_STEPS = 16
 _PREFILL_LENGTHS = (1, 2, 5, 9, 16, 27, 41, 64)
 NUM_TEXTS = len(_PREFILL_LENGTHS)
 _MIN_GAP = 1e-3
+_LEAST = 1e-30  # a threshold that every gate is above, and padding is not
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def verification_cases(
     others: list[tuple[str, Sequence[float], Literal["left", "right"]]] = [
         ("own thresholds, batch", thresholds, "left"),
         ("all executed", [0.0] * count, "right"),
+        ("all but padding executed", [_LEAST] * count, "left"),
         ("all skipped", [2.0] * count, "left"),
         ("every other one", [(0.0, 2.0)[index % 2] for index in range(count)], "right"),
         ("half of the tokens", _halving_thresholds(model, prefills), "left"),

@@ -9,10 +9,11 @@ In the order in which they are applied:
 5. `insert_depth_gates`: every chosen block → router, gate, block, mix.
 6. `harden_gates`: gate in [0, 1] → boolean routing mask at a threshold.
 7. `lower_gates`: boolean routing mask → `torch.cond`.
-8. `join_decisions`: gates that read one hidden state → one decision.
-9. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
-10. `compact_tokens`: what a block does to each token by itself, for the open tokens only.
-11. `fuse_for_onnxruntime`: what ONNX Runtime alone has operators for: attention over a cache, packed products, …
+8. `add_unmasked_branch`: a block, or none of it → a third branch without masks, for calls in which all tokens are open.
+9. `join_decisions`: gates that read one hidden state → one decision.
+10. `fuse_operators`: norms, rotary embeddings, attention and the cache in many operators → in one each.
+11. `compact_tokens`: what a block does to each token by itself, for the open tokens only.
+12. `fuse_for_onnxruntime`: what ONNX Runtime alone has operators for: attention over a cache, packed products, …
 
 For an export that decides gates once and for all, between 6 and 7:
 

@@ -39,6 +39,11 @@ def routed_calls(gm: fx.GraphModule, graph: fx.Graph | None = None) -> list[fx.N
     return [call for call in calls if _ROUTED & dict(gm.get_submodule(str(call.target)).named_children()).keys()]
 
 
+def lowered_calls(gm: fx.GraphModule, graph: fx.Graph | None = None) -> list[fx.Node]:
+    """Those of them that `lower_gates` has lowered; not blocks of several precisions, which decide on more."""
+    return [call for call in routed_calls(gm, graph) if hasattr(gm.get_submodule(str(call.target)), "then_branch")]
+
+
 def layers_called(call: fx.Node) -> range:
     """The layers whose blocks a call of `block_calls` executes: one, or those of a group."""
     return layers_of(str(call.target).removeprefix("blocks."))

@@ -52,10 +52,24 @@ def pack_linears(gm: fx.GraphModule) -> fx.GraphModule:
 
     Keeps equal: every value, but for rounding.
     """
-    return map_graphs(gm, _pack)
+    stacks = _Stacks()
+    return map_graphs(gm, lambda called: _pack(called, stacks))
 
 
-def _pack(gm: fx.GraphModule) -> fx.GraphModule:
+class _Stacks:
+    """Weights one above the other, each stack made once: branches may multiply by the same weights."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], tuple[Sequence[torch.Tensor], torch.Tensor]] = {}
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        key = tuple(map(id, tensors))
+        if key not in self._made:
+            self._made[key] = tensors, torch.cat([tensor.detach() for tensor in tensors])  # kept, so that ids stay
+        return self._made[key][1]
+
+
+def _pack(gm: fx.GraphModule, stacks: _Stacks) -> fx.GraphModule:
     graph, outputs = copy_graph(gm)
     graph.output(outputs)
     groups: dict[Any, list[_Product]] = {}
@@ -65,7 +79,7 @@ def _pack(gm: fx.GraphModule) -> fx.GraphModule:
     packed: dict[str, torch.Tensor] = {}
     for group in groups.values():
         if len(group) > 1:
-            _merge(gm, _in_order_of_attention(group), packed)
+            _merge(gm, _in_order_of_attention(group), packed, stacks)
     eliminate_dead_code(graph)
     names = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
     attributes = {name: packed[name] if name in packed else get_attribute(gm, name) for name in names}
@@ -101,14 +115,14 @@ def _in_order_of_attention(group: list[_Product]) -> list[_Product]:
     return group
 
 
-def _merge(gm: fx.GraphModule, group: Sequence[_Product], packed: dict[str, torch.Tensor]) -> None:
+def _merge(gm: fx.GraphModule, group: Sequence[_Product], packed: dict[str, torch.Tensor], stacks: _Stacks) -> None:
     position = list(group[0].node.graph.nodes).index
     first = min((product.node for product in group), key=position)
     graph, arguments = first.graph, list(group[0].node.args)
     for index in group[0].rows:
         tensors = [_attribute(gm, product.node.args[index]) for product in group]
         name = f"packed_{len(packed)}"
-        packed[name] = torch.cat([tensor.detach() for tensor in tensors])
+        packed[name] = stacks.of(tensors)
         with graph.inserting_before(first):
             arguments[index] = graph.get_attr(name)
     assert isinstance(first.target, OpOverload)

@@ -16,7 +16,7 @@ from torch import fx
 from modcompile.export.build_model import build_model
 from modcompile.export.decoder import Decoder
 from modcompile.export.session import MODEL_FILE, RoutedSession
-from modcompile.export.tell_routes import TellRoutes
+from modcompile.export.tell_routes import TellRoutes, has_unmasked_branch
 from modcompile.passes.outlined_form import gated_layers
 from tests.cached_steps import Step, at_tokens, run_steps, steps
 from tests.export.onnx_text import operators
@@ -51,22 +51,34 @@ class Built:
                 tensor.numpy() for tensor in (call.input_ids, call.attention_mask, call.position_ids)
             )
             logits, cache, told = self.session.run(ids, mask, positions, cache)
-            arrays = [logits, *(value.numpy() for value in cache), *(mask[..., None] for mask in told.values())]
+            masks = [told[name][..., None] for name in told if name.startswith("routing.")]
+            arrays = [logits, *(value.numpy() for value in cache), *masks]
             yield [torch.from_numpy(array.copy()) for array in arrays]
 
 
-def built_of(architecture: str, gm: fx.GraphModule, folder: Path) -> Built:
-    model = build_model(gm, emit_routing=True, max_positions=MAX_POSITIONS)
+def built_of(architecture: str, gm: fx.GraphModule, folder: Path, *, unmasked_branch: bool) -> Built:
+    model = build_model(gm, emit_routing=True, max_positions=MAX_POSITIONS, unmasked_branch=unmasked_branch)
     ir.save(model, folder / MODEL_FILE)
     return Built(architecture, gm, model, RoutedSession(folder / MODEL_FILE, providers=["CPUExecutionProvider"]))
 
 
-@pytest.fixture(scope="module", params=[("llama", 1), ("llama", 2), ("gpt2", 2), ("gemma3", 1)], ids=str)
+_CASES = [
+    ("llama", 1, False),
+    ("llama", 2, False),
+    ("gpt2", 2, False),
+    ("gemma3", 1, False),
+    ("llama", 2, True),
+    ("gpt2", 1, True),
+]
+"""Architecture, gates per decision, and whether blocks have a branch without masks."""
+
+
+@pytest.fixture(scope="module", params=_CASES, ids=str)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    architecture, gates_per_decision = request.param
+    architecture, gates_per_decision, unmasked_branch = request.param
     gates = (range(2), range(2, 3)) if architecture == "gpt2" else (range(1), range(1, 2), range(2, 3))
     gm = wide_lowered(architecture, gates, gates_per_decision=gates_per_decision)
-    return built_of(architecture, gm, tmp_path_factory.mktemp(architecture))
+    return built_of(architecture, gm, tmp_path_factory.mktemp(architecture), unmasked_branch=unmasked_branch)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
@@ -130,9 +142,9 @@ def test_tells_what_its_cache_allows_and_how_it_is_fed(built: Built) -> None:
 
 def test_every_branch_appends_by_one_operator(built: Built) -> None:
     found = operators(built.model.graph)
-    gates = found.count("If")
-    assert gates == len(built.gm.get_buffer("routing_threshold"))
-    assert found.count("GroupQueryAttention") == 2 * NUM_LAYERS
+    unmasked_branch = any(has_unmasked_branch(built.model, layers) for layers in gated_layers(built.gm))
+    assert found.count("If") == len(built.gm.get_buffer("routing_threshold")) * (1 + unmasked_branch)
+    assert found.count("GroupQueryAttention") == NUM_LAYERS * (2 + unmasked_branch)
     assert not {"Attention", "RotaryEmbedding", "Cos", "Sin"} & set(found)
 
 

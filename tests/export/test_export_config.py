@@ -19,11 +19,17 @@ def test_refuses_what_is_no_threshold(threshold: float) -> None:
         ExportConfig(hard_threshold=threshold)
 
 
-@pytest.mark.parametrize("option", ["target", "prefill", "verify"])
+@pytest.mark.parametrize("option", ["target", "prefill", "unmasked_branch", "verify"])
 def test_refuses_what_is_no_choice(option: str) -> None:
     choice: Any = {option: "some"}
     with pytest.raises(ConfigError, match=f"--{option} is 'some'"):
         ExportConfig(**choice)
+
+
+def test_only_onnxruntime_gets_a_branch_without_masks() -> None:
+    with pytest.raises(ConfigError, match=r"^--unmasked_branch always is for --target ort: leave one of them out$"):
+        ExportConfig(target="onnx", unmasked_branch="always")
+    assert ExportConfig(target="onnx").unmasked_branch == "auto"
 
 
 def test_defaults_to_onnxruntime_a_half_and_no_outputs_of_ours() -> None:

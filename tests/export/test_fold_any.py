@@ -14,12 +14,14 @@ any (bool[B, T, 1] mask) => (bool needed) {
 """
 
 
+@pytest.mark.parametrize("reduction", ["ReduceMax", "ReduceMin"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_reduces_booleans_as_booleans(share: float) -> None:
-    model = rewritten(ANY, FoldAny())
+def test_reduces_booleans_as_booleans(share: float, reduction: str) -> None:
+    graph = ANY.replace("ReduceMax", reduction)
+    model = rewritten(graph, FoldAny())
     ir.passes.common.RemoveUnusedNodesPass()(model)
-    assert operators(model.graph) == ["ReduceMax"]
-    assert_same(model, ANY, {"mask": np.random.default_rng(0).random((2, 5, 1)) < share})
+    assert operators(model.graph) == [reduction]
+    assert_same(model, graph, {"mask": np.random.default_rng(0).random((2, 5, 1)) < share})
 
 
 @pytest.mark.parametrize("dtype", [1, 6, 7], ids=["float", "int32", "int64"])

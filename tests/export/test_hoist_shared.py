@@ -49,6 +49,26 @@ def test_computes_once_what_branches_share(first: bool, second: bool) -> None:
     assert_same(model, LAYERS, feeds(first, second))
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_computes_once_what_branches_in_branches_share(first: bool, inner: bool) -> None:
+    """The second is one deeper, and reads what the branch around it has made, too."""
+    body = LAYERS[LAYERS.index("c1 =") : LAYERS.index("        },\n        else_branch = second_else")]
+    nested = f"""x1 = Neg(y)
+            z_then = If (inner) <
+                then_branch = inner_then () => (float[B, T, 4] z_inner) {{
+                    {body.replace("z_then", "z_inner").replace("Mul(y, s1)", "Mul(x1, s1)")}
+                }},
+                else_branch = inner_else () => (float[B, T, 4] z_other) {{ z_other = Identity(y) }}
+            >
+"""
+    graph = LAYERS.replace(body, nested).replace("bool second)", "bool second, bool inner)")
+    model = rewritten(graph, HoistShared())
+    outer, inner_branch = ["Mul", "Mul", "Identity", "If"], ["Mul", "Mul", "Identity", "If"]
+    assert operators(model.graph) == ["Cos", "Unsqueeze", "Mul", *outer, "Neg", *inner_branch, "Identity", "If"]
+    assert_same(model, graph, {**feeds(first), "inner": np.array(inner)})
+
+
 def test_two_branches_may_have_used_one_name() -> None:
     graph = LAYERS.replace("s1 = Mul(c1, c1)", "s1 = Add(c1, c1)")
     for name in "csp":

@@ -51,6 +51,7 @@ def test_batches_hold_the_same_texts_padded_on_either_side(cases: list[Case]) ->
 def test_thresholds_execute_all_skip_all_and_mix(cases: list[Case]) -> None:
     thresholds = {case.name: case.thresholds for case in cases}
     assert thresholds["all executed"] == (0.0, 0.0)
+    assert all(0 < threshold < 1e-20 for threshold in thresholds["all but padding executed"])
     assert thresholds["all skipped"] == (2.0, 2.0)
     assert thresholds["every other one"] == (0.0, 2.0)
     assert thresholds["own thresholds, batch"] == tuple(OWN)

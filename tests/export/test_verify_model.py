@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from modcompile.export.build_model import build_model
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.session import MODEL_FILE
 from modcompile.export.verification import Verification
@@ -193,3 +194,45 @@ def test_fails_where_a_file_is_not_whole(
         (folder / file).write_bytes((folder / file).read_bytes()[:keep])
     assert_fails(verify_model(DepthSubject(model), folder, cases), expected)
     assert not (folder / ".routing.onnx").exists()
+
+
+@pytest.fixture(scope="module")
+def three_branches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose blocks have a branch without masks; not to be changed."""
+    folder = tmp_path_factory.mktemp("three")
+    model = tiny_routed("straight_through")
+    model.set_router_mode(0.5)
+    ir.save(build_model(model.hard_graph(), unmasked_branch=True), folder / MODEL_FILE)
+    return folder
+
+
+def test_passes_three_branches(model: RoutedForCausalLM, three_branches: Path, cases: list[Case]) -> None:
+    subject = DepthSubject(model)
+    result = verify_model(subject, three_branches, cases)
+    assert result.passed
+    assert subject.branches == dict.fromkeys(ROUTED_LAYERS, ("skipped", "executed", "executed without masks"))
+
+
+@pytest.mark.parametrize("layer", ROUTED_LAYERS)
+@pytest.mark.parametrize(("condition", "sides"), [(True, ["skipped", "executed"]), (False, ["executed without masks"])])
+def test_fails_where_one_of_three_branches_is_never_taken(
+    model: RoutedForCausalLM,
+    three_branches: Path,
+    tmp_path: Path,
+    cases: list[Case],
+    layer: int,
+    condition: bool,
+    sides: list[str],
+) -> None:
+    """Masks that let all through change no output, so outputs alone would not tell."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(condition), "constant"))
+        conditional(graph, layer).input[0] = "constant"
+
+    folder = Path(shutil.copytree(three_branches, tmp_path / "onnx"))
+    tamper(folder, change)
+    result = verify_model(DepthSubject(model), folder, cases)
+    assert result.never_seen == {layer: sides}
+    assert result.failures[-1] == f"the If of layer {layer} was never seen {sides[-1]}"
+    assert (len(result.failures) == 1) == (not condition)
