@@ -7,22 +7,21 @@ Before, in a lowered block::
 
 After::
 
-    open, routing_mask, needed, all_open = decide(router_input, least_score, token_mask)
-    hidden, key, value = cond(all_open, then_branch, else_branch, [hidden, …, open, needed])
+    open, routing_mask, all_open = decide(router_input, least_score, token_mask)
+    hidden, key, value = cond(all_open, then_branch, else_branch, [hidden, …, open])
 
     then_branch:  hidden, key, value = block(hidden, …)                    # what was masked, or a group of these
-    else_branch:  cond(needed, then_branch, else_branch, [hidden, …, open])                       # as before
+    else_branch:  needed = any(open);  cond(needed, then_branch, else_branch, [hidden, …, open])         # as before
 
-A decode step of one row has one token: where a block is executed, every token is open, and nothing is left of a mask,
-of what it keeps from being fused (a sum and the norm behind it, of two blocks of a group), and of an adapter.
+A decode step of one row has one token: where a block is executed, all tokens are open, and neither masks nor adapters
+have work to do.
 """
-
-import operator
 
 import torch
 from torch import fx, nn
 
 from modcompile.passes.add_unused_inputs import add_unused_inputs
+from modcompile.passes.eliminate_dead_code import eliminate_dead_code
 from modcompile.passes.extract_subgraph import get_attribute
 from modcompile.passes.lazy_graph_module import LazyGraphModule
 from modcompile.passes.map_blocks import map_blocks
@@ -33,7 +32,6 @@ from modcompile.passes.outlined_form import (
     inner_block,
     lowered_calls,
     num_outputs,
-    results,
 )
 
 _cond = torch.ops.higher_order.cond
@@ -56,43 +54,40 @@ def add_unmasked_branch(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _add_branch(lowered: fx.GraphModule) -> fx.GraphModule:
-    graph, outputs = copy_graph(lowered)
-    graph.output(outputs)
     decide, masked = (lowered.get_submodule(name) for name in ("decide", "then_branch"))
     assert isinstance(decide, fx.GraphModule)
     assert isinstance(masked, fx.GraphModule)
-    (decided,) = graph.find_nodes(op="call_module", target="decide")
-    (cond,) = graph.find_nodes(op="call_function", target=_cond)
-    needed, then_branch, else_branch, operands = cond.args
-    assert isinstance(operands, list | tuple)
-    with graph.inserting_before(cond):
-        all_open = graph.call_function(operator.getitem, (decided, len(results(decided))))
-    cond.args = (all_open, then_branch, else_branch, (*operands, needed))
-    graph.lint()
     children = {
-        "decide": _tell_whether_all_are_open(decide),
-        "then_branch": add_unused_inputs(map_blocks(masked, _without_mask), ["needed"]),
+        "decide": _whether_all_are_open(decide),
+        "then_branch": map_blocks(masked, _without_mask),
         "else_branch": _masked_or_skipped(lowered, masked),
     }
-    return LazyGraphModule(children, graph)
+    return LazyGraphModule(children, lowered.graph)
 
 
 def _without_mask(masked: fx.GraphModule) -> fx.GraphModule:
     return add_unused_inputs(inner_block(masked), ["is_open"])
 
 
-def _tell_whether_all_are_open(decide: fx.GraphModule) -> fx.GraphModule:
-    graph, outputs = copy_graph(decide)
-    is_open = outputs[0]
-    graph.output((*outputs, graph.call_function(torch.all, (is_open,))))
+def _whether_all_are_open(decide: fx.GraphModule) -> fx.GraphModule:
+    """What a decision tells last is the condition of its block's `cond`."""
+    graph, (is_open, routing_mask, _) = copy_graph(decide)
+    graph.output((is_open, routing_mask, graph.call_function(torch.all, (is_open,))))
+    eliminate_dead_code(graph)
     return LazyGraphModule(dict(decide.named_children()), graph)
 
 
 def _masked_or_skipped(lowered: fx.GraphModule, masked: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     operands = [graph.placeholder(node.name) for node in masked.graph.find_nodes(op="placeholder")]
-    needed = graph.placeholder("needed")
-    then_branch, else_branch = graph.get_attr("then_branch"), graph.get_attr("else_branch")
-    values = graph.call_function(_cond, (needed, then_branch, else_branch, tuple(operands)))
+    (needed,) = getitems(graph.call_module("is_needed", (operands[-1],)), 1)
+    branches = {name: graph.get_attr(name) for name in ("then_branch", "else_branch")}
+    values = graph.call_function(_cond, (needed, *branches.values(), tuple(operands)))
     graph.output(tuple(getitems(values, num_outputs(masked))))
-    return LazyGraphModule({"then_branch": masked, "else_branch": lowered.get_submodule("else_branch")}, graph)
+    return LazyGraphModule({"is_needed": _any(), **{name: lowered.get_submodule(name) for name in branches}}, graph)
+
+
+def _any() -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.any, (graph.placeholder("is_open"),)),))
+    return LazyGraphModule({}, graph)

@@ -12,15 +12,15 @@ Before, in a lowered graph, where two gates read the hidden state in front of th
 After::
 
     token_mask, least_scores = routing_inputs(…)                                                  # [B, T, 2]
-    open_0, routing_mask_0, needed_0, all_open_0, open_1, … = decisions.0,1(hidden_0, least_scores, token_mask)
+    open_0, routing_mask_0, needed_0, open_1, … = decisions.0,1(hidden_0, least_scores, token_mask)
     hidden_1, …, routing_mask_0 = blocks.0(hidden_0, …, open_0, routing_mask_0, needed_0)
     hidden_2, …, routing_mask_1 = blocks.1(hidden_1, …, open_1, routing_mask_1, needed_1)
 
     decisions.0,1:  open = scores(hidden) > least_scores;  routing_mask = open & token_mask       # [B, T, 2]
-                    needed, all_open = any(open), all(open) of all tokens                         # [2]
+                    needed = any(open) of all tokens                                              # [2]
     blocks.i:       hidden, … = cond(needed, …)
 
-A block that has an unmasked branch (`add_unmasked_branch`) takes all_open, too.
+Where blocks have an unmasked branch (`add_unmasked_branch`), it is `all_open` in the place of `needed`.
 
 On a small model what a gate costs is its number of operators, and N gates then have those of one, and two splits.
 Whose scores can't be joined (`join_scores`), and who has no other to be joined with, stays as it is.
@@ -47,38 +47,40 @@ from modcompile.passes.outlined_form import (
     getitems,
     layers_called,
     lowered_calls,
-    num_outputs,
     results,
 )
 
 DECISIONS = "decisions."
 """Before the layers of its gates, the name of a decision on several; in ONNX that of its values, too, with a number."""
 
-_DECIDED = ("is_open", "routing_mask", "needed", "all_open")
+_DECIDED = ("is_open", "routing_mask", "condition")
 NUM_DECIDED = len(_DECIDED)
-"""How many values of it belong to each gate, in turn: `is_open`, `routing_mask`, `needed` and `all_open`."""
-_NUM_DECIDED_BY = 3
-"""What a gate is decided by, behind what its block takes: router_input, least_score, token_mask."""
+"""How many values of it belong to each gate, in turn: `is_open`, `routing_mask`, and what its block's `cond` asks."""
 
 
 class JoinedDecision(nn.Module):
     """Hidden state `[B, T, H]`, least scores `[B, T, N]`, `token_mask [B, T, 1]` → what each gate's `decide` returns.
 
-    That is `is_open [B, T, 1]`, `routing_mask [B, T, 1]`, `needed [1]` and `all_open [1]`, all of a gate before those
-    of the next.
+    That is `is_open [B, T, 1]`, `routing_mask [B, T, 1]`, and whether any token is open, or `of_all` whether all are,
+    `[1]`; all of a gate before those of the next.
     """
 
-    def __init__(self, scores: nn.Module) -> None:
+    def __init__(self, scores: nn.Module, *, of_all: bool) -> None:
         super().__init__()
         self.scores = scores
+        self.of_all = of_all
 
     def forward(
         self, hidden_state: torch.Tensor, least_scores: torch.Tensor, token_mask: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         is_open = self.scores(hidden_state) > least_scores
-        decided = (is_open, is_open & token_mask, is_open.amax((0, 1)), is_open.amin((0, 1)))
+        condition = is_open.amin((0, 1)) if self.of_all else is_open.amax((0, 1))
+        decided = (is_open, is_open & token_mask, condition)
         of_gates = zip(*(values.split(1, dim=-1) for values in decided), strict=True)
         return tuple(value for values in of_gates for value in values)
+
+    def extra_repr(self) -> str:
+        return f"of_all={self.of_all}"
 
 
 def join_decisions(gm: fx.GraphModule) -> fx.GraphModule:
@@ -100,10 +102,12 @@ def join_decisions(gm: fx.GraphModule) -> fx.GraphModule:
     for group in groups:
         if group[0] in joined:
             name = DECISIONS + ",".join(name_of(layers_called(call)) for call in group)
-            modules[name] = JoinedDecision(joined[group[0]])
-            blocks = [modules[str(call.target)] for call in group]
-            _decide_at_once(group, name, 1 + len(sizes), [num_outputs(block.decide) for block in blocks])
-            modules |= {str(call.target): _told(block) for call, block in zip(group, blocks, strict=True)}
+            decide = gm.get_submodule(f"{group[0].target}.decide")
+            assert isinstance(decide, fx.GraphModule)
+            of_all = bool(decide.graph.find_nodes(op="call_function", target=torch.all))
+            modules[name] = JoinedDecision(joined[group[0]], of_all=of_all)
+            _decide_at_once(group, name, 1 + len(sizes))
+            modules |= {str(call.target): _told_what_is_decided(modules[str(call.target)]) for call in group}
             sizes.append(len(group))
         else:
             for call in group:
@@ -117,7 +121,8 @@ def join_decisions(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _gate_inputs(call: fx.Node) -> list[fx.Node]:
-    return [value for value in call.args[-_NUM_DECIDED_BY:] if isinstance(value, fx.Node)]
+    """What a gate is decided by, behind what its block takes: as many values as its decision has."""
+    return [value for value in call.args[-NUM_DECIDED:] if isinstance(value, fx.Node)]
 
 
 def _router_input(call: fx.Node) -> fx.Node:
@@ -129,29 +134,26 @@ def _joined_scores(gm: fx.GraphModule, group: Sequence[fx.Node]) -> nn.Module | 
     return join_scores(scores) if len(group) > 1 else None
 
 
-def _decide_at_once(group: Sequence[fx.Node], name: str, position: int, told: Sequence[int]) -> None:
-    """Insert a call of the decision `name`, which takes the `routing_inputs` at `position`, and tell the blocks.
-
-    `told` is how many of the values of its gate each block takes.
-    """
+def _decide_at_once(group: Sequence[fx.Node], name: str, position: int) -> None:
+    """Insert a call of the decision `name`, which takes the `routing_inputs` at `position`, and tell the blocks."""
     graph = group[0].graph
     router_input, least_score, token_mask = _gate_inputs(group[0])
     with graph.inserting_before(group[0]):
         least_scores = graph.call_function(operator.getitem, (least_score.args[0], position))
         decision = graph.call_module(name, (router_input, least_scores, token_mask))
         values = getitems(decision, NUM_DECIDED * len(group))
-    for index, (call, count) in enumerate(zip(group, told, strict=True)):
-        call.args = (*call.args[:-_NUM_DECIDED_BY], *values[index * NUM_DECIDED :][:count])
+    for index, call in enumerate(group):
+        decided = values[index * NUM_DECIDED :][:NUM_DECIDED]
+        call.args = (*call.args[:-NUM_DECIDED], *decided)
 
 
-def _told(block: fx.GraphModule) -> fx.GraphModule:
+def _told_what_is_decided(block: fx.GraphModule) -> fx.GraphModule:
     """The lowered block without its decision, the values of which it takes in the place of what they are made of."""
     graph, outputs = copy_graph(block)
     graph.output(outputs)
     (decide,) = graph.find_nodes(op="call_module", target="decide")
     made_of = decide.all_input_nodes
-    values = results(decide)
-    for value, decided in zip(values, append_placeholders(graph, _DECIDED[: len(values)]), strict=True):
+    for value, decided in zip(results(decide), append_placeholders(graph, _DECIDED), strict=True):
         value.replace_all_uses_with(decided)
         graph.erase_node(value)
     for node in (decide, *made_of):

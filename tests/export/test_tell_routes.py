@@ -39,7 +39,7 @@ ALL, NONE = np.ones_like(MASK), np.zeros_like(MASK)
 
 
 ALONE = {"open": "blocks.4.decide.0", "mask": "blocks.4.decide.1"}
-WITH_OTHERS = {"open": "decisions.1,2-3,4.8", "mask": "decisions.1,2-3,4.9"}
+WITH_OTHERS = {"open": "decisions.1,2-3,4.6", "mask": "decisions.1,2-3,4.7"}
 
 
 def routed_layer(decided: dict[str, str] = ALONE, *, emit_routing: bool = False, text: str = LAYER) -> ir.Model:
