@@ -18,6 +18,7 @@ from modcompile.objective import Objective, depth_budget
 from modcompile.rewriting import describe
 from modcompile.router_task import RouterTask
 from modcompile.start_config import StartConfig
+from modcompile.static_routers import close_statically, freeze_routers
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Start:
     """New ones."""
     routers: Dataset | None = None
     """With new adapters."""
+    selection: Dataset | None = None
+    """Of gates that are closed for all tokens, once adapters are fitted."""
+    is_static: bool = False
+    """Whether routers stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class DepthTraining:
             fit_routers(model, self.start.routers, self.budget.target_active_ratio)
         elif self.start.adapters is not None:
             fit_adapters(model, self.start.adapters)
+        if self.start.selection is not None:
+            close_statically(model, self.start.selection, self.budget.target_active_ratio)
+        if self.start.is_static:
+            freeze_routers(model)
         return depth_task(model, self.budget, self.loss)
 
     def copy(self, source: Path, folder: Path, *, overwrite: bool) -> None:
@@ -58,7 +67,12 @@ class DepthTraining:
 
 def start_rows(blocks: Dataset, config: StartConfig) -> Start:
     """What a training is to start from: rows that lie evenly spread over the training data."""
-    return Start(_spread(blocks, config.adapter_start_samples), _spread(blocks, config.router_start_samples))
+    return Start(
+        _spread(blocks, config.adapter_start_samples),
+        _spread(blocks, config.router_start_samples),
+        _spread(blocks, config.static_selection_samples),
+        is_static=bool(config.static_selection_samples),
+    )
 
 
 def _spread(blocks: Dataset, most: int) -> Dataset | None:

@@ -11,7 +11,7 @@ class StartConfig:
     """What adapters and routers start from.
 
     Raises:
-        ConfigError: an option is outside of its range.
+        ConfigError: an option is outside of its range, or two exclude each other.
     """
 
     adapter_start_samples: int = field(
@@ -29,17 +29,35 @@ class StartConfig:
             "0: gates start open."
         },
     )
+    static_selection_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Instead of routing, close the same gates for all tokens: those that cost least on this many "
+            "sequences of the training data, greedily, until target_active_ratio. Only adapters are trained then. It "
+            "is what routers have to beat. 0: route."
+        },
+    )
 
     def __post_init__(self) -> None:
         check("adapter_start_samples", self.adapter_start_samples, at_least=0)
         check("router_start_samples", self.router_start_samples, at_least=0)
+        check("static_selection_samples", self.static_selection_samples, at_least=0)
+        if self.router_start_samples and self.static_selection_samples:
+            raise ConfigError(
+                "--router_start_samples is for routers, and a static selection has none: give one of both"
+            )
 
     def check_fits(self, router: RouterConfig) -> None:
         """Refuse routers that can't start from what is asked for.
 
         Raises:
-            ConfigError: they are to be fitted, and have a hidden layer.
+            ConfigError: they are to be fitted, and have a hidden layer; or only adapters are to be trained, and there
+                are none.
         """
+        if self.static_selection_samples and router.skip_adapter == "none":
+            raise ConfigError(
+                "--static_selection_samples trains adapters, and there are none; add --skip_adapter low_rank"
+            )
         if self.router_start_samples and router.router_hidden_size:
             raise ConfigError(
                 f"--router_start_samples is for linear routers, but --router_hidden_size is "

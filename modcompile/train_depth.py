@@ -61,8 +61,9 @@ def train_depth(
             write_rewritten(base, tokenizer, router, output, overwrite=overwrite)
 
         in_first_process(training, rewrite)
-    # What a checkpoint holds has been fitted.
-    rows = Start() if training.resume_from_checkpoint is not None else start_rows(blocks["train"], start)
+    rows = start_rows(blocks["train"], start)
+    if training.resume_from_checkpoint is not None:
+        rows = Start(is_static=rows.is_static)  # what a checkpoint holds has been fitted
     train_routers(folder, output, blocks, DepthTraining(budget, loss, rows), training)
     return output
 

@@ -41,6 +41,7 @@ from modcompile.start_config import StartConfig
         (LossConfig, "distill_weight", math.inf),
         (StartConfig, "adapter_start_samples", -1),
         (StartConfig, "router_start_samples", -1),
+        (StartConfig, "static_selection_samples", -1),
     ],
 )
 def test_refuses_a_value_outside_of_its_range_and_names_the_flag(

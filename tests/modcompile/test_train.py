@@ -102,6 +102,30 @@ def test_starts_from_what_skipping_costs(base_folder: Path, data: list[str]) -> 
     assert not Path("hidden").exists()
 
 
+def test_trains_adapters_alone_where_the_same_layers_are_closed_for_all_tokens(
+    base_folder: Path, data: list[str]
+) -> None:
+    flags = ["--skip_adapter", "low_rank", "--adapter_rank", "3", "--lm_weight", "0", "--distill_weight", "1"]
+    static = ["--static_selection_samples", "4", "--target_active_ratio", "0.6"]
+    static += ["--save_strategy", "steps", "--save_steps", "1"]
+    main(["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, *flags, *static])
+    weights, model = load_file("out/routers.safetensors"), load_with_routers("out")
+    scores = [name for name in weights if name.endswith("score.down.weight")]
+    assert len(scores) == 3
+    assert not any(weights[name].any() for name in scores)
+    assert sorted(float(weights[f"routers.{layer}.bias"]) for layer in range(3)) == [-20.0, 20.0, 20.0]
+    report = read_report(Path("out"))["training"]
+    assert report["metrics"]["eval_active_ratio"] == pytest.approx(2 / 3)
+    trained = sum(parameter.numel() for adapter in model.adapters.values() for parameter in adapter.parameters())
+    assert report["parameters"]["trainable"] == trained
+    # Resumed from a checkpoint, too, it is adapters alone.
+    again = ["--model_name_or_path", "out", "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-1"]
+    main([*again, *data, *static])
+    resumed = load_file("out/routers.safetensors")
+    assert all(resumed[name].equal(weights[name]) for name in weights if name.startswith("routers."))
+    assert read_report(Path("out"))["training"]["parameters"]["trainable"] == trained
+
+
 def test_default_place_is_named_after_the_model(base_folder: Path, data: list[str], tmp_path: Path) -> None:
     main(["--model_name_or_path", str(base_folder), *data])
     assert [path.name for path in Path.cwd().iterdir()] == ["tiny-routed"]
