@@ -8,7 +8,7 @@ from typing import Any
 from modcompile.artifacts import load_with_routers, read_router_config
 from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold, threshold_for
 from modcompile.config import RouterConfig, check
-from modcompile.depth_sweep import Sweep, sweep_depth
+from modcompile.depth_sweep import ROUTER, Sweep, sweep_depth
 from modcompile.devices import fastest_device
 from modcompile.evaluation_text import (
     EvaluationTextConfig,
@@ -17,6 +17,7 @@ from modcompile.evaluation_text import (
     load_evaluation_blocks,
     text_as_json,
 )
+from modcompile.folders_beside import measure_beside
 from modcompile.granularity import label_of
 from modcompile.perplexity import Evaluation, Measurement, evaluate_model
 from modcompile.progress import show_elapsed
@@ -67,6 +68,13 @@ class DepthEvaluationConfig:
         metadata={"help": "In a sweep, how many gates are tried for each further one to close; the cheapest alone."},
     )
 
+    beside: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Other routed folders of the same base, such as one trained with --static_selection_samples, to "
+            "measure on the same text at a threshold of 0.5, and show beside this one."
+        },
+    )
     route_map_tokens: int = field(
         default=0,
         metadata={
@@ -91,7 +99,7 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     Raises:
         ArtifactError: the folder is missing, incomplete, damaged, or of another version.
         CheckpointError: its base can't be read.
-        ConfigError: the sequence length is above the model's positions.
+        ConfigError: the sequence length is above the model's positions, or a folder beside it has another base.
         DataError: the text can't be read, or has fewer than two tokens.
     """
     router = read_router_config(folder)
@@ -107,6 +115,7 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         plot_routes(find_routes(model, required_tokenizer(folder), ids, thresholds), folder / ROUTES_PLOT)
         print(f"routes of {len(ids)} tokens plotted in {folder / ROUTES_PLOT}")
     swept = {}
+    sweep = Sweep(evaluation.dense, {ROUTER: [evaluation.hard]})
     if config.sweep:
         calibration = load_calibration_blocks(text, folder, config.sweep_samples)
         sweep = sweep_depth(
@@ -118,6 +127,10 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
             batch_size=config.batch_size,
             seed=text.seed,
         )
+    if config.beside:
+        others = measure_beside(config.beside, model, blocks, batch_size=config.batch_size)
+        sweep = Sweep(sweep.dense, sweep.ways | {name: [measured] for name, measured in others.items()})
+    if config.sweep or config.beside:
         print(_sweep_table(sweep))
         plot_sweep(sweep, folder / SWEEP_PLOT)
         print(f"plotted in {folder / SWEEP_PLOT}")
@@ -135,12 +148,13 @@ def _as_json(measured: Measurement) -> dict[str, Any]:
 
 
 def _sweep_table(sweep: Sweep) -> str:
-    lines = [f"{'':23}  {'active ratio':>12}  {'block work':>10}  {'perplexity':>10}  against dense"]
+    width = max(map(len, sweep.ways))
+    lines = [f"{'':{width}}  {'active ratio':>12}  {'block work':>10}  {'perplexity':>10}  against dense"]
     for name, points in sweep.ways.items():
         for point in points:
             against = point.perplexity / sweep.dense.perplexity
             work = f"{point.active_ratio:12.3f}  {point.block_work:10.3f}"
-            lines.append(f"{name:23}  {work}  {point.perplexity:10.3f}  {against:.3f} x")
+            lines.append(f"{name:{width}}  {work}  {point.perplexity:10.3f}  {against:.3f} x")
     return "\n".join(lines)
 
 

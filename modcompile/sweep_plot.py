@@ -21,13 +21,15 @@ def plot_sweep(sweep: Sweep, path: Path) -> None:
 
 
 def draw_sweep(sweep: Sweep) -> Figure:
-    """One line for each way of skipping, all from the dense model on."""
+    """One line for each way of skipping, all from the dense model on; a point for each folder beside them."""
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, points in sweep.ways.items():
         times = [(point.active_ratio, point.perplexity / sweep.dense.perplexity) for point in points]
-        finite = [(1.0, 1.0), *(pair for pair in times if math.isfinite(pair[1]))]
-        axes.plot(*zip(*finite, strict=True), _STYLES[name], label=name)
+        finite = [pair for pair in times if math.isfinite(pair[1])]
+        if name in _STYLES:
+            finite.insert(0, (1.0, 1.0))
+        axes.plot([share for share, _ in finite], [time for _, time in finite], _STYLES.get(name, "^"), label=name)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.2g} x")
     axes.yaxis.set_minor_formatter("{x:.2g} x")

@@ -142,6 +142,37 @@ def test_sweeps_over_shares_of_the_work(own_folder: Path, capsys: pytest.Capture
     assert imread(own_folder / "sweep.png").ndim == 3
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_shows_other_folders_beside_it(own_folder: Path, tmp_path: Path, sweep: bool, capsys: Any) -> None:
+    model = build_routed(tiny_base(), RouterConfig(router_start=1))
+    for router in model.routers.values():
+        torch.nn.init.constant_(router.get_parameter("bias"), -20)
+    other = tmp_path / "other"
+    write_routed_folder(model, make_tokenizer(), other)
+    flags = ["--sweep", "--sweep_active_ratios", "0.5", "--sweep_samples", "2", "--static_candidates", "1"]
+    main([str(own_folder), "--beside", str(other), *(flags if sweep else []), *FAST])
+    written = json.loads((own_folder / "report.json").read_text())["evaluation"]
+    assert list(written["sweep"]) == ["router", *(["static", "random"] if sweep else []), str(other)]
+    (measured,) = written["sweep"][str(other)]
+    blocks = load_evaluation_blocks(EvaluationTextConfig(sequence_length=64, max_samples=3), own_folder)
+    expected = evaluate_model(model, blocks).hard
+    assert measured["perplexity"] == pytest.approx(expected.perplexity)
+    assert measured["active_ratio"] == 0
+    assert measured["block_work"] == pytest.approx(1 / 3)
+    if not sweep:
+        assert written["sweep"]["router"] == [written["hard"]]
+    assert str(other) in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_refuses_a_folder_of_another_model_beside_it(own_folder: Path, tmp_path: Path) -> None:
+    base = tiny_base()
+    with torch.no_grad():
+        base.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.01)
+    write_routed_folder(build_routed(base, RouterConfig()), make_tokenizer(), tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"is a folder of another model; name folders of the same base$"):
+        main([str(own_folder), "--beside", str(tmp_path / "other"), *FAST])
+
+
 def test_draws_which_tokens_used_which_layers(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(own_folder), *FAST, "--route_map_tokens", "70", "--sequence_length", "80"])
     assert f"routes of 70 tokens plotted in {own_folder / 'routes.png'}" in capsys.readouterr().out
