@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +15,7 @@ from modcompile.progress import show_elapsed
 from modcompile.static_selection import select_static, thresholds_of
 
 ROUTER, STATIC, STATIC_ALONE, RANDOM = "router", "static", "static without adapters", "random"
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Sweep:
 
     dense: Measurement
     ways: dict[str, list[Measurement]]
+    thresholds: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Of the ways that any thresholds of the gates make: at which each point was measured."""
+    speeds: dict[str, list[float]] = field(default_factory=dict)
+    """Of the same, and of `DENSE`, in tokens a second, where they were measured."""
 
 
 def sweep_depth(
@@ -59,7 +64,8 @@ def sweep_depth(
         dense = measured(0.0)
     with show_elapsed("measuring the routers"):
         found = [calibrate_thresholds(model, calibration, each, "global", batch_size=batch_size) for each in ordered]
-        ways[ROUTER] = [measured(list(each.thresholds)) for each in found]
+        thresholds = {ROUTER: [list(each.thresholds) for each in found]}
+        ways[ROUTER] = [measured(each) for each in thresholds[ROUTER]]
     statics: dict[str, AbstractContextManager[Any]] = {STATIC: nullcontext()}
     if model.adapters:
         statics[STATIC_ALONE] = without_adapters(model)
@@ -68,7 +74,9 @@ def sweep_depth(
             selections = select_static(
                 model, calibration, 1 - min(targets), candidates=candidates, batch_size=batch_size
             )
-            ways[name] = [measured(thresholds_of(each.closed, gates)) for each in selections]
+            thresholds[name] = [thresholds_of(each.closed, gates) for each in selections]
+            ways[name] = [measured(each) for each in thresholds[name]]
     with show_elapsed("measuring random skipping"), random_gates(model, seed):
         ways[RANDOM] = [measured(1 - each) for each in ordered]
-    return Sweep(dense, ways)
+    thresholds.pop(STATIC_ALONE, None)
+    return Sweep(dense, ways, thresholds)

@@ -1,15 +1,16 @@
 """The evaluation of a routed folder: perplexity, loss and active ratio on a text, dense, soft and hard."""
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from modcompile.artifacts import load_with_routers, read_router_config
 from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold, threshold_for
 from modcompile.config import RouterConfig, check
-from modcompile.depth_sweep import ROUTER, Sweep, sweep_depth
+from modcompile.depth_sweep import DENSE, ROUTER, Sweep, sweep_depth
 from modcompile.devices import fastest_device
+from modcompile.errors import ConfigError
 from modcompile.evaluation_text import (
     EvaluationTextConfig,
     describe_text,
@@ -24,8 +25,11 @@ from modcompile.progress import show_elapsed
 from modcompile.required_tokenizer import required_tokenizer
 from modcompile.route_map import find_routes, plot_routes
 from modcompile.sweep_plot import plot_sweep
+from modcompile.sweep_speed import SweepSpeed
+from modcompile.sweep_table import sweep_table
 
 _WIDTH = 100
+_PROMPT_TOKENS = 32
 SWEEP_PLOT, ROUTES_PLOT = "sweep.png", "routes.png"
 
 
@@ -63,6 +67,13 @@ class DepthEvaluationConfig:
             "help": "In a sweep, thresholds and gates are chosen on so many sequences of the built-in validation split."
         },
     )
+    sweep_speed: bool = field(
+        default=False,
+        metadata={
+            "help": "In a sweep, also measure how many tokens a second DIR/onnx decodes at each point of the routers "
+            "and of the best gates to close. It must have all gates (modcompile.export --fold_gates none)."
+        },
+    )
     static_candidates: int = field(
         default=6,
         metadata={"help": "In a sweep, how many gates are tried for each further one to close; the cheapest alone."},
@@ -89,6 +100,8 @@ class DepthEvaluationConfig:
             check("sweep_active_ratios", ratio, at_least=0, at_most=1)
         check("sweep_samples", self.sweep_samples, at_least=1)
         check("static_candidates", self.static_candidates, at_least=1)
+        if self.sweep_speed and not self.sweep:
+            raise ConfigError("--sweep_speed is of the points of a sweep; add --sweep")
         check_hard_threshold(self.hard_threshold)
         check("batch_size", self.batch_size, at_least=1)
 
@@ -97,9 +110,10 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     """Evaluate, print a table, and return what `report.json` is to hold.
 
     Raises:
-        ArtifactError: the folder is missing, incomplete, damaged, or of another version.
+        ArtifactError: the folder is missing, incomplete, damaged, or of another version; or lacks what is to be timed.
         CheckpointError: its base can't be read.
-        ConfigError: the sequence length is above the model's positions, or a folder beside it has another base.
+        ConfigError: the sequence length is above the model's positions, a folder beside it has another base, or gates
+            of what is to be timed are folded.
         DataError: the text can't be read, or has fewer than two tokens.
     """
     router = read_router_config(folder)
@@ -107,6 +121,8 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     blocks = load_evaluation_blocks(text, folder)
     with show_elapsed("loading and tracing"):
         model = load_with_routers(folder, thresholds, device=fastest_device(), use_cache=False)
+    # Before minutes of work: whether there is what is to be measured.
+    speed = SweepSpeed(folder, len(model.gated_layers)) if config.sweep_speed else None
     evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
     print(_table(evaluation, config, router, text))
     if config.route_map_tokens:
@@ -114,7 +130,7 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         ids = first["input_ids"][: min(sum(first["attention_mask"]), config.route_map_tokens)]
         plot_routes(find_routes(model, required_tokenizer(folder), ids, thresholds), folder / ROUTES_PLOT)
         print(f"routes of {len(ids)} tokens plotted in {folder / ROUTES_PLOT}")
-    swept = {}
+    swept: dict[str, Any] = {}
     sweep = Sweep(evaluation.dense, {ROUTER: [evaluation.hard]})
     if config.sweep:
         calibration = load_calibration_blocks(text, folder, config.sweep_samples)
@@ -127,14 +143,20 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
             batch_size=config.batch_size,
             seed=text.seed,
         )
+        if speed is not None:
+            with show_elapsed("measuring speeds"):
+                prompt = blocks[0]["input_ids"][:_PROMPT_TOKENS]
+                dense = [[0.0] * len(model.gated_layers)]
+                sweep = replace(sweep, speeds=speed.measure({DENSE: dense, **sweep.thresholds}, prompt))
     if config.beside:
         others = measure_beside(config.beside, model, blocks, batch_size=config.batch_size)
-        sweep = Sweep(sweep.dense, sweep.ways | {name: [measured] for name, measured in others.items()})
+        sweep = replace(sweep, ways=sweep.ways | {name: [measured] for name, measured in others.items()})
     if config.sweep or config.beside:
-        print(_sweep_table(sweep))
+        print(sweep_table(sweep))
         plot_sweep(sweep, folder / SWEEP_PLOT)
         print(f"plotted in {folder / SWEEP_PLOT}")
         swept = {"sweep": {name: [_as_json(point) for point in points] for name, points in sweep.ways.items()}}
+        swept |= {"tokens_per_second": sweep.speeds} if sweep.speeds else {}
     return {
         **swept,
         **text_as_json(text, evaluation.sequences, evaluation.predicted_tokens),
@@ -145,17 +167,6 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
 
 def _as_json(measured: Measurement) -> dict[str, Any]:
     return {"perplexity": measured.perplexity, **vars(measured)}
-
-
-def _sweep_table(sweep: Sweep) -> str:
-    width = max(map(len, sweep.ways))
-    lines = [f"{'':{width}}  {'active ratio':>12}  {'block work':>10}  {'perplexity':>10}  against dense"]
-    for name, points in sweep.ways.items():
-        for point in points:
-            against = point.perplexity / sweep.dense.perplexity
-            work = f"{point.active_ratio:12.3f}  {point.block_work:10.3f}"
-            lines.append(f"{name:{width}}  {work}  {point.perplexity:10.3f}  {against:.3f} x")
-    return "\n".join(lines)
 
 
 def _table(
