@@ -81,9 +81,9 @@ class ExportConfig:
     unmasked_branch: UnmaskedBranch = field(
         default="auto",
         metadata={
-            "help": "Whether routed blocks get a branch without masks for calls in which every token needs them, such "
-            "as a step of one row: that is faster, and takes as many bytes of memory more as their weights have. auto: "
-            f"for integers of up to {MAX_BYTES // 2**20} MiB."
+            "help": "Whether routed blocks get a branch without masks and adapters for calls in which every token "
+            "needs them, such as a step of one row: that is faster, and takes as many bytes of memory more as their "
+            f"weights have. auto: where there are adapters, with integer weights of up to {MAX_BYTES // 2**20} MiB."
         },
     )
     hard_threshold: float | str = field(

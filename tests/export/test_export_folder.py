@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import ExportResult, export_folder, is_onnx_folder
 from modcompile.export.generation import generate
 from modcompile.export.session import MODEL_FILE, RoutedSession
+from modcompile.export.tell_routes import has_unmasked_branch
 from modcompile.routed_graph import build_routed
 from tests.export.prebuilt import use_prebuilt
 from tests.tiny_any_precision import tiny_any_precision, write_any_precision
@@ -31,8 +33,8 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 CONFIGS = {"config.json", "generation_config.json", "genai_config.json"}
 FILES = {*CONFIGS, MODEL_FILE, f"{MODEL_FILE}.data", "verification.json", *TOKENIZER}
 ROOT = Path(__file__).parents[2]
-TOKENS = 6 * (1 + 2 + 5 + 9 + 16 + 27 + 41 + 64 + 8 * 16)
-"""Eight texts, once alone and in five batches: their prefills, and 16 steps each."""
+TOKENS = 7 * (1 + 2 + 5 + 9 + 16 + 27 + 41 + 64 + 8 * 16)
+"""Eight texts, once alone and in six batches: their prefills, and 16 steps each."""
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,33 @@ def test_folds_gates_that_never_skip_into_a_dense_model(
     assert not [node for node in graph.node if node.op_type == "If"]
     assert read_report(folder)["export"]["folding"]["always_active"] == ["0", "1", "2"]
     assert names(result.output) == FILES
+
+
+@pytest.mark.parametrize(
+    ("config", "branches"),
+    [
+        (ExportConfig(weights="int4", group_size=16), 3),
+        (ExportConfig(weights="int4", group_size=16, unmasked_branch="never"), 2),
+        (ExportConfig(unmasked_branch="always"), 3),
+        (ExportConfig(), 2),
+        (ExportConfig(weights="int8", target="onnx"), 2),
+    ],
+    ids=["int4", "int4, never", "fp32, always", "fp32", "int8, onnx"],
+)
+def test_adapters_of_integer_models_get_a_branch_without_them(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: ExportConfig,
+    branches: int,
+) -> None:
+    monkeypatch.setattr(verification_inputs, "NUM_DECODE_STEPS", 1)
+    folder = tmp_path / "routed"
+    write_routed_folder(tiny_adapted("straight_through"), tokenizer, folder)
+    result = export_folder(folder, folder / "onnx", config)
+    assert result.verification.passed
+    model = ir.load(result.output / MODEL_FILE)
+    assert {has_unmasked_branch(model, layers) for layers in GATED_LAYERS} == {branches == 3}
 
 
 def test_folds_what_is_asked_for_and_counts_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
