@@ -244,7 +244,16 @@ class LossConfig:
         },
     )
 
+    gate_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "What router logits are divided by at the end of a training; it falls from 1 by equal factors. "
+            "Below 1, soft gates end harder than they began."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check("gate_temperature", self.gate_temperature, above=0, at_most=1)
         check("lm_weight", self.lm_weight, at_least=0)
         check("distill_weight", self.distill_weight, at_least=0)
         if not self.lm_weight and not self.distill_weight:

@@ -1,6 +1,6 @@
 """Training of depth gates, in a routed folder."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from modcompile.config import BudgetConfig, LossConfig
 from modcompile.distillation import dense_logits
 from modcompile.fit_adapters import fit_adapters
 from modcompile.fit_routers import fit_routers
+from modcompile.gate_temperature import GateTemperature
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.objective import Objective, depth_budget
 from modcompile.rewriting import describe
@@ -87,4 +88,8 @@ def depth_task(model: RoutedForCausalLM, budget: BudgetConfig, loss: LossConfig)
     """
     objective = Objective((depth_budget(budget, list(model.work.values())),), loss.lm_weight, loss.distill_weight)
     save, load = partial(save_routers, model), partial(load_routers, model)
-    return RouterTask(model, model, objective, save, load, describe(model), partial(dense_logits, model.base))
+    task = RouterTask(model, model, objective, save, load, describe(model), partial(dense_logits, model.base))
+    if loss.gate_temperature == 1:
+        return task
+    temperature = GateTemperature(model, loss.gate_temperature)
+    return replace(task, set_progress=temperature.set_progress, finish=temperature.move_into_routers)

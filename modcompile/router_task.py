@@ -31,3 +31,7 @@ class RouterTask:
     distills needs it."""
     chosen_bits: Callable[[Any], Sequence[torch.Tensor]] | None = None
     """From an output of `evaluated` to the bits of every block, int64 `[B, T]`; None where they have no choice."""
+    set_progress: Callable[[float], None] | None = None
+    """Told, before every batch that is trained on, which share of the training is over; for what changes with it."""
+    finish: Callable[[], None] | None = None
+    """Called when the training is over, before anything is saved or evaluated."""

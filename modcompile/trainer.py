@@ -62,6 +62,8 @@ class RouterTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch; in training, its part of the loss of an update of `num_items_in_batch` predictions."""
+        if model.training and self._task.set_progress is not None:
+            self._task.set_progress(self._progress)
         called = model if model.training else self._task.evaluated
         output = called(**inputs, num_items_in_batch=1)
         is_predicted, tokens = _is_predicted(inputs["labels"]), output.tokens.sum()

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_trains_adapters_to_predict_what_the_dense_model_does(base_folder: Path,
     weights = load_file("out/routers.safetensors")
     assert all(weights[f"adapters.{layer}.up.weight"].abs().max() > 0 for layer in range(3))
     training = read_report(Path("out"))["training"]
-    assert training["loss"] == {"lm_weight": 0.0, "distill_weight": 2.0}
+    assert training["loss"] == {"lm_weight": 0.0, "distill_weight": 2.0, "gate_temperature": 1.0}
     # They start from what least squares found, and not from the identity.
     main(["--model_name_or_path", str(base_folder), "--output_dir", "same", *data, *flags, "--learning_rate", "0"])
     fitted = load_file("same/routers.safetensors")
@@ -100,6 +101,34 @@ def test_starts_from_what_skipping_costs(base_folder: Path, data: list[str]) -> 
     with pytest.raises(ConfigError, match="--router_start_samples is for linear routers"):
         main(["--model_name_or_path", str(base_folder), "--output_dir", "hidden", *data, "--router_start_samples", "4"])
     assert not Path("hidden").exists()
+
+
+def test_soft_gates_end_hard_at_a_low_temperature(base_folder: Path, data: list[str]) -> None:
+    """The routers are scaled by it, so that they say what the gates said that were trained."""
+    flags = ["--gate", "soft", "--router_init_bias", "0.5", "--learning_rate", "0"]
+    ratios = {}
+    for temperature in ("1", "0.1"):
+        out = f"out{temperature}"
+        main(
+            [
+                "--model_name_or_path",
+                str(base_folder),
+                "--output_dir",
+                out,
+                *data,
+                *flags,
+                "--gate_temperature",
+                temperature,
+            ]
+        )
+        assert load_file(f"{out}/routers.safetensors")["routers.0.bias"].item() == pytest.approx(
+            0.5 / float(temperature)
+        )
+        training = read_report(Path(out))["training"]
+        ratios[temperature] = training["metrics"]["eval_active_ratio"]
+        assert training["loss"]["gate_temperature"] == float(temperature)
+    assert ratios["1"] == pytest.approx(1 / (1 + math.exp(-0.5)), abs=1e-4)
+    assert ratios["0.1"] == pytest.approx(1 / (1 + math.exp(-5)), abs=1e-4)
 
 
 def test_trains_adapters_alone_where_the_same_layers_are_closed_for_all_tokens(
