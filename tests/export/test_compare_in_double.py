@@ -12,7 +12,8 @@ from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.session import MODEL_FILE, RoutedSession
 from modcompile.export.verification_inputs import NUM_TEXTS, Case, verification_cases
 from modcompile.modeling import RoutedForCausalLM
-from tests.tiny_routed import tiny_routed
+from tests.export.telling import telling_session
+from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
 
 TEXTS = [[(row * 37 + index * 11) % 300 for index in range(100)] for row in range(8)]
 
@@ -31,13 +32,15 @@ def cases(model: RoutedForCausalLM) -> list[Case]:
     return [replace(case, decodes=tuple(row[:1] for row in case.decodes)) for case in (*cases[3:5], cases[NUM_TEXTS])]
 
 
-def _session(folder: Path) -> RoutedSession:
-    return RoutedSession(folder / MODEL_FILE, providers=["CPUExecutionProvider"])
+def _session(folder: Path, scratch: Path) -> RoutedSession:
+    return telling_session(folder, scratch, [range(layer, layer + 1) for layer in ROUTED_LAYERS])
 
 
-def test_sound_runtimes_are_wrong_by_rounding(model: RoutedForCausalLM, onnx_folder: Path, cases: list[Case]) -> None:
+def test_sound_runtimes_are_wrong_by_rounding(
+    model: RoutedForCausalLM, onnx_folder: Path, cases: list[Case], tmp_path: Path
+) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    errors = errors_to_double(DepthSubject(model), model, _session(onnx_folder), cases)
+    errors = errors_to_double(DepthSubject(model), model, _session(onnx_folder, tmp_path / "telling"), cases)
     assert errors.keys() == {case.name for case in cases}
     for error in errors.values():
         assert 0 < error["torch"] < 1e-5
@@ -58,7 +61,7 @@ def test_a_mistake_is_far_from_the_truth(
     array[0, 0] += 0.1
     weight.const_value = ir.tensor(array, name=weight.name)
     ir.save(onnx_model, folder / MODEL_FILE)
-    errors = errors_to_double(DepthSubject(model), model, _session(folder), cases[:1])
+    errors = errors_to_double(DepthSubject(model), model, _session(folder, tmp_path / "telling"), cases[:1])
     error = errors[cases[0].name]
     assert error["torch"] < 1e-5
     assert error["onnx"] > 100 * error["torch"]

@@ -6,10 +6,11 @@ import torch
 
 from modcompile.export.depth_subject import DepthSubject
 from modcompile.export.paired_steps import PairedStep, paired_steps
-from modcompile.export.session import MODEL_FILE, RoutedSession
+from modcompile.export.session import RoutedSession
 from modcompile.export.verification_inputs import Case
 from modcompile.modeling import RoutedForCausalLM
-from tests.tiny_routed import tiny_routed
+from tests.export.telling import telling_session
+from tests.tiny_routed import ROUTED_LAYERS, tiny_routed
 
 THRESHOLDS = (0.5, 0.5)
 ALONE = Case("", THRESHOLDS, ((5, 60, 7, 250),), ((9, 10, 111),))
@@ -17,8 +18,11 @@ BATCH = Case("", THRESHOLDS, ((5, 60, 7, 250), (8, 77)), ((9, 10, 111), (12, 13,
 
 
 @pytest.fixture(scope="module")
-def session(onnx_folder: Path) -> RoutedSession:
-    return RoutedSession(onnx_folder / MODEL_FILE, thresholds=THRESHOLDS, providers=["CPUExecutionProvider"])
+def session(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RoutedSession:
+    gates = [range(layer, layer + 1) for layer in ROUTED_LAYERS]
+    session = telling_session(onnx_folder, tmp_path_factory.mktemp("telling") / "onnx", gates)
+    session.thresholds = THRESHOLDS
+    return session
 
 
 @pytest.fixture
