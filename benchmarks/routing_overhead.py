@@ -27,13 +27,14 @@ from modcompile.export.verification import versions
 _RESULTS = Path(__file__).parent / "results"
 _WEIGHTS = "--export --verify none --weights int4 --group_size 128"
 _ROUTED = f"{_WEIGHTS} --router_hidden_size 0"
+_UNMASKED = f"{_ROUTED} --unmasked_branch always"
 DENSE, MASKS = "dense", "no unmasked branch, masks"
 EXPORTS = {
     DENSE: f"{_WEIGHTS} --always_active all",
-    "routed": f"{_ROUTED} {{joined}} --unmasked_branch always",
-    "routed, every gate decided alone": f"{_ROUTED} --blocks_per_gate {{blocks_per_gate}} --unmasked_branch always",
-    "routed, a gate for every block": f"{_ROUTED} --gates_per_decision 5 --unmasked_branch always",
-    "routed, low-rank adapters": f"{_ROUTED} {{joined}} --skip_adapter low_rank --unmasked_branch always",
+    "unmasked branch": f"{_UNMASKED} {{joined}}",
+    "unmasked branch, every gate decided alone": f"{_UNMASKED} --blocks_per_gate {{blocks_per_gate}}",
+    "unmasked branch, a gate for every block": f"{_UNMASKED} --gates_per_decision 5",
+    "unmasked branch, low-rank adapters": f"{_UNMASKED} {{joined}} --skip_adapter low_rank",
     "no unmasked branch": f"{_ROUTED} {{joined}} --unmasked_branch never",
     "no unmasked branch, low-rank adapters": f"{_ROUTED} {{joined}} --skip_adapter low_rank --unmasked_branch never",
     MASKS: f"{_ROUTED} {{joined}} --prefill mask --unmasked_branch never",

@@ -9,11 +9,12 @@ import torch
 from datasets import Dataset
 
 from modcompile.artifacts import copy_routed_folder, load_routers, load_with_routers, save_routers
-from modcompile.config import BudgetConfig, LossConfig
+from modcompile.config import BudgetConfig
 from modcompile.distillation import dense_logits
 from modcompile.fit_adapters import fit_adapters
 from modcompile.fit_routers import fit_routers
 from modcompile.gate_temperature import GateTemperature
+from modcompile.loss_config import LossConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.objective import Objective, depth_budget
 from modcompile.rewriting import describe

@@ -16,12 +16,13 @@ from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
 from modcompile.flags import parse_flags
+from modcompile.loss_config import LossConfig
 from modcompile.rewriting import check_routed_target, write_rewritten
 from modcompile.stages import ProfileConfig, profiled
 from modcompile.start_config import StartConfig

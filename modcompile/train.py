@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modcompile.cli import run
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError
 from modcompile.flags import named_flags, parse_flags
+from modcompile.loss_config import LossConfig
 from modcompile.precision_config import PrecisionBudgetConfig, RoundingConfig
 from modcompile.precision_folder import holds_precisions
 from modcompile.start_config import StartConfig

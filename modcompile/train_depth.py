@@ -10,11 +10,12 @@ from modcompile.artifacts import is_routed_folder, read_router_config
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.depth_training import DepthTraining, Start, start_rows
 from modcompile.errors import ConfigError
 from modcompile.first_process import in_first_process
+from modcompile.loss_config import LossConfig
 from modcompile.rewriting import check_routed_target, check_trainable, write_rewritten
 from modcompile.start_config import StartConfig
 from modcompile.training import load_training_blocks, train_routers

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig, check_threshold
+from modcompile.config import BudgetConfig, RouterConfig, check_threshold
 from modcompile.errors import ConfigError
+from modcompile.loss_config import LossConfig
 from modcompile.start_config import StartConfig
 
 

@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from modcompile.artifacts import update_report
-from modcompile.config import BudgetConfig, LossConfig
+from modcompile.config import BudgetConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.errors import ArtifactError
+from modcompile.loss_config import LossConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.router_task import RouterTask
 from tests.folder_contents import contents

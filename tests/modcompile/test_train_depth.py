@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from modcompile.artifacts import read_router_config
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data_config import DataConfig
 from modcompile.errors import ConfigError, DataError, OutputError
+from modcompile.loss_config import LossConfig
 from modcompile.start_config import StartConfig
 from modcompile.train_depth import train_depth
 from modcompile.training_arguments import RouterTrainingArguments

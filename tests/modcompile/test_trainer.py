@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import default_data_collator
 
-from modcompile.config import BudgetConfig, BudgetLoss, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, BudgetLoss, RouterConfig
 from modcompile.depth_training import depth_task
+from modcompile.loss_config import LossConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
 from modcompile.routed_graph import build_routed

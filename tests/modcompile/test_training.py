@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from modcompile.artifacts import load_with_routers, read_report, update_report
-from modcompile.config import BudgetConfig, LossConfig
+from modcompile.config import BudgetConfig
 from modcompile.data_config import DataConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.errors import ArtifactError, ConfigError, DataError, ModcompileError
+from modcompile.loss_config import LossConfig
 from modcompile.training import load_training_blocks, train_routers
 from modcompile.training_arguments import RouterTrainingArguments
 from tests.folder_contents import contents

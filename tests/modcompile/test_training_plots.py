@@ -13,9 +13,10 @@ from matplotlib.image import imread
 from torch import nn
 
 from modcompile.artifacts import read_report, save_depth_routers
-from modcompile.config import BudgetConfig, LossConfig, RouterConfig
+from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.depth_training import DepthTraining
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
+from modcompile.loss_config import LossConfig
 from modcompile.objective import Budget, bits_budget, depth_budget
 from modcompile.precision_config import PrecisionBudgetConfig, RouterScope
 from modcompile.precision_router_files import save_precision_routers

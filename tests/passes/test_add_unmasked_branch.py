@@ -1,7 +1,6 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import fx
 from transformers import PreTrainedModel
 
@@ -33,21 +32,15 @@ def unmasked(forced: fx.GraphModule) -> fx.GraphModule:
     return add_unmasked_branch(forced)
 
 
-@given(case=routing_cases(), share=st.sampled_from([None, 0.0, 1.0]))
+@given(case=routing_cases())
 @torch.no_grad()
 def test_keeps_every_output(
-    forced: fx.GraphModule,
-    unmasked: fx.GraphModule,
-    model: PreTrainedModel,
-    case: RoutingCase,
-    share: float | None,
+    forced: fx.GraphModule, unmasked: fx.GraphModule, model: PreTrainedModel, case: RoutingCase
 ) -> None:
     """With all, none or some tokens open, which are then padding too; prompts and decode steps."""
-    inputs, is_open = case.inputs(model), case.is_open()
-    if share is not None:
-        is_open = {layer: torch.full_like(mask, bool(share)) for layer, mask in is_open.items()}
+    inputs = case.inputs(model)
     for gm in (forced, unmasked):
-        force(gm, is_open)
+        force(gm, case.is_open())
     torch.testing.assert_close(unmasked(*inputs.flat), forced(*inputs.flat), rtol=0, atol=0)
 
 
