@@ -53,8 +53,22 @@ class AdapterSums:
         image = linear @ root
         _, vectors = torch.linalg.eigh(image.T @ xx @ image)  # the largest eigenvalues come last
         kept = vectors[:, -adapter.down.out_features :]
-        adapter.up.weight.copy_((kept.T @ inverse).T)
-        adapter.down.weight.copy_((image @ kept).T)
+        up, down = _balanced((kept.T @ inverse).T, (image @ kept).T)
+        adapter.up.weight.copy_(up)
+        adapter.down.weight.copy_(down)
+
+
+def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors `[H, K]` and `[K, H]` with the same product that are alike: orthogonal directions, of one size in both.
+
+    As they come out of the regression, one is as much larger than the other as hidden states are than gradients, up to
+    hundreds of times, and an optimizer that moves all numbers alike (Adam) would leave the larger one as it is.
+    """
+    left, left_factor = torch.linalg.qr(up)
+    right, right_factor = torch.linalg.qr(down.T)
+    rotation, sizes, other = torch.linalg.svd(left_factor @ right_factor.T)
+    roots = sizes.sqrt()
+    return left @ (rotation * roots), (roots.unsqueeze(1) * other) @ right.T
 
 
 def token_size(states: torch.Tensor) -> torch.Tensor:

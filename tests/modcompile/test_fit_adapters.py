@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch import nn
 
 from modcompile.config import RouterConfig
-from modcompile.fit_adapters import fit_adapters
+from modcompile.fit_adapters import AdapterSums, fit_adapters
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.routed_graph import build_routed
 from modcompile.skip_adapters import LowRankAdapter, ScaleAdapter
@@ -80,6 +80,22 @@ def test_more_rank_is_nearer(blocks: Dataset) -> None:
         fit_adapters(model, blocks)
         errors.append(_error(model.adapters[1], *_seen(model, blocks, 1)))
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("rank", [1, 4, HIDDEN_SIZE])
+def test_factors_are_alike(blocks: Dataset, rank: int) -> None:
+    """However hidden states and gradients are scaled: each direction is as long in the one factor as in the other."""
+    before = torch.randn(200, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
+    after = before + before @ torch.randn(HIDDEN_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
+    for scale in (1e-6, 1.0, 1e6):
+        sums, adapter = AdapterSums(HIDDEN_SIZE, torch.device("cpu")), LowRankAdapter(HIDDEN_SIZE, rank)
+        sums.add(before, after)
+        sums.fit(adapter, scale * torch.diag(torch.linspace(0.1, 1, HIDDEN_SIZE)))
+        up, down = adapter.up.weight.detach(), adapter.down.weight.detach()
+        lengths = up.square().sum(0)
+        assert lengths.min() > 0
+        torch.testing.assert_close(up.T @ up, lengths.diag(), rtol=0, atol=1e-4 * float(lengths.max()))
+        torch.testing.assert_close(down @ down.T, lengths.diag(), rtol=0, atol=1e-4 * float(lengths.max()))
 
 
 def test_neither_batches_nor_padding_matter(blocks: Dataset) -> None:
