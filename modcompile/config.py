@@ -9,7 +9,7 @@ from modcompile.granularity import GRANULARITIES, Granularity, halves_blocks, ha
 from modcompile.layer_ranges import layers_in, runs_of
 
 GateKind = Literal["soft", "straight_through", "hard_concrete"]
-BudgetLoss = Literal["hinge", "squared", "per_layer"]
+BudgetLoss = Literal["hinge", "squared", "per_layer", "price"]
 SkipAdapterKind = Literal["none", "scale", "low_rank"]
 
 AUTO_LAYERS = "auto"
@@ -212,7 +212,16 @@ class BudgetConfig:
         default="hinge",
         metadata={
             "help": "hinge: max(active_ratio - target_active_ratio, 0). squared: their difference squared, so that too "
-            "little use is charged as well. per_layer: the hinge of each routed layer by itself, averaged."
+            "little use is charged as well. per_layer: the hinge of each routed layer by itself, averaged. price: each "
+            "block that a token goes through costs router_lambda nats, whatever the target; modcompile.calibrate then "
+            "finds thresholds for budgets."
+        },
+    )
+    price_spread: float = field(
+        default=1.0,
+        metadata={
+            "help": "With budget_loss price, train for many budgets at once: each sequence has a price of its own, "
+            "router_lambda times up to this factor, or divided by it."
         },
     )
     target_warmup_ratio: float = field(
@@ -224,7 +233,12 @@ class BudgetConfig:
         check("router_lambda", self.router_lambda, at_least=0)
         check("target_active_ratio", self.target_active_ratio, at_least=0, at_most=1)
         check("target_warmup_ratio", self.target_warmup_ratio, at_least=0, at_most=1)
-        check_choice("budget_loss", self.budget_loss, ("hinge", "squared", "per_layer"))
+        check_choice("budget_loss", self.budget_loss, ("hinge", "squared", "per_layer", "price"))
+        check("price_spread", self.price_spread, at_least=1)
+        if self.budget_loss == "price":
+            check("router_lambda", self.router_lambda, above=0)
+        elif self.price_spread != 1:
+            raise ConfigError("--price_spread is of prices; add --budget_loss price")
 
 
 def _layers_in(names: str | None) -> set[int]:

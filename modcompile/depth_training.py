@@ -11,6 +11,7 @@ from datasets import Dataset
 from modcompile.artifacts import copy_routed_folder, load_routers, load_with_routers, save_routers
 from modcompile.config import BudgetConfig
 from modcompile.distillation import dense_logits
+from modcompile.drawn_prices import DrawnPrices
 from modcompile.fit_adapters import fit_adapters
 from modcompile.fit_routers import fit_routers
 from modcompile.gate_temperature import GateTemperature
@@ -49,7 +50,8 @@ class DepthTraining:
         """The soft model of a routed folder."""
         model = load_with_routers(folder, None, device=device, use_cache=False)
         if self.start.routers is not None:
-            fit_routers(model, self.start.routers, self.budget.target_active_ratio)
+            price = self.budget.router_lambda if self.budget.budget_loss == "price" else None
+            fit_routers(model, self.start.routers, self.budget.target_active_ratio, price=price)
         elif self.start.adapters is not None:
             fit_adapters(model, self.start.adapters)
         if self.start.selection is not None:
@@ -90,7 +92,11 @@ def depth_task(model: RoutedForCausalLM, budget: BudgetConfig, loss: LossConfig)
     objective = Objective((depth_budget(budget, list(model.work.values())),), loss.lm_weight, loss.distill_weight)
     save, load = partial(save_routers, model), partial(load_routers, model)
     task = RouterTask(model, model, objective, save, load, describe(model), partial(dense_logits, model.base))
-    if loss.gate_temperature == 1:
-        return task
-    temperature = GateTemperature(model, loss.gate_temperature)
-    return replace(task, set_progress=temperature.set_progress, finish=temperature.move_into_routers)
+    if budget.price_spread != 1:
+        prices = DrawnPrices(model, budget.price_spread)
+        task = replace(task, draw_prices=prices.draw, finish=(prices.stop,))
+    if loss.gate_temperature != 1:
+        temperature = GateTemperature(model, loss.gate_temperature)
+        finish = (*task.finish, temperature.move_into_routers)
+        task = replace(task, set_progress=temperature.set_progress, finish=finish)
+    return task

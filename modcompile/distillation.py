@@ -14,10 +14,10 @@ def dense_logits(base: PreTrainedModel, input_ids: torch.Tensor, attention_mask:
     return logits
 
 
-def summed_divergence(logits: torch.Tensor, dense: torch.Tensor, is_predicted: torch.Tensor) -> torch.Tensor:
-    """KL(dense ‖ routed) in nats, summed over the tokens that are predicted; a scalar.
+def divergences(logits: torch.Tensor, dense: torch.Tensor, is_predicted: torch.Tensor) -> torch.Tensor:
+    """KL(dense ‖ routed) in nats, of each of the N tokens that are predicted, `[N]`, row by row.
 
     `logits` and `dense` are `[B, T, V]`; `is_predicted [B, T - 1]` is of the tokens after the first.
     """
     ours, theirs = (log_softmax(each[:, :-1][is_predicted].float(), -1) for each in (logits, dense))
-    return kl_div(ours, theirs, reduction="sum", log_target=True)
+    return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)

@@ -10,6 +10,7 @@ A gate's bias is such that it opens where the cost for the work is above that of
 threshold of 0.5 is near the target, and other thresholds are other budgets.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -33,22 +34,29 @@ _SHARPNESS = 2.0  # by how much a factor of e in cost tells apart what is skippe
 
 @torch.no_grad()
 def fit_routers(
-    model: RoutedForCausalLM, blocks: Dataset, target: float, *, batch_size: int = 4, seed: int = 0
+    model: RoutedForCausalLM,
+    blocks: Dataset,
+    target: float,
+    *,
+    price: float | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
 ) -> float | None:
     """Fit the linear routers of a soft model, and its new adapters, on `blocks`, as `tokenize_and_pack` makes them.
 
-    `target` is the share of the work that is to be done at a threshold of 0.5. Returns what is thought to be lost
-    there, in nats a token, if what is skipped at one layer made no difference at others; None where routers have been
-    fitted or trained already, and all stays as it is.
+    `target` is the share of the work that is to be done at a threshold of 0.5; unless there is a `price`: then a token
+    goes through a block there if it is worth that many nats, whatever share that makes. Returns what is thought to be
+    lost there, in nats a token, if what is skipped at one layer made no difference at others; None where routers have
+    been fitted or trained already, and all stays as it is.
     """
     routers: list[Any] = list(model.routers.values())
     if any(router.score.down.weight.any() for router in routers):
         return None
     trace = trace_dense(model.base, model.router_config.granularity, blocks, batch_size=batch_size, seed=seed)
-    return _fit(model, trace, target)
+    return _fit(model, trace, target, price)
 
 
-def _fit(model: RoutedForCausalLM, trace: DenseTrace, target: float) -> float:
+def _fit(model: RoutedForCausalLM, trace: DenseTrace, target: float, price: float | None) -> float:
     adapters = new_adapters(model)
     gates = model.gated_layers
     work = torch.tensor([sum(model.work[layer] for layer in layers) for layers in gates], device=model.device)
@@ -67,6 +75,8 @@ def _fit(model: RoutedForCausalLM, trace: DenseTrace, target: float) -> float:
         prices = torch.stack([score for score, _ in routers]) - work.log().unsqueeze(1)
         share = work.unsqueeze(1).expand_as(prices).flatten()
         limit = weighted_quantile(prices.flatten(), share, 1 - target).clamp(prices.min() - 1, prices.max() + 1)
+        if price is not None:
+            limit = torch.full_like(limit, math.log(price))
         weights = list(torch.sigmoid((limit - prices) * _SHARPNESS).float() + _LEAST_WEIGHT)
     fitted: list[Any] = list(model.routers.values())
     for router, (_, bias), done in zip(fitted, routers, work, strict=True):

@@ -23,6 +23,7 @@ class Budget:
     - hinge: `max(over, 0)`
     - squared: `over ** 2`
     - per_layer: the mean over layers of `max(over, 0)`, each of its own mean
+    - price: the sum over layers of `mean`, by their work: how many blocks a token goes through, whatever the target
     """
 
     name: str
@@ -49,6 +50,8 @@ class Budget:
 
         Without `progress` against the last target, as in an evaluation.
         """
+        if self.kind == "price":
+            return (means * self._work(means)).sum()
         over = (means - self.target_at(progress)) / self.scale
         if self.kind == "squared":
             return self.mean(over).square()
@@ -56,10 +59,11 @@ class Budget:
 
     def mean(self, by_layer: torch.Tensor) -> torch.Tensor:
         """Over layers, from `[R]`."""
-        if self.work is None:
-            return by_layer.mean()
-        work = by_layer.new_tensor(self.work)
+        work = self._work(by_layer)
         return (work * by_layer).sum() / work.sum()
+
+    def _work(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(like) if self.work is None else like.new_tensor(self.work)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def depth_budget(config: BudgetConfig, work: Sequence[float] | None = None) -> B
         "active_ratio",
         "budget_loss",
         config.router_lambda,
-        config.target_active_ratio,
+        0.0 if config.budget_loss == "price" else config.target_active_ratio,
         1.0,
         _active_tokens,
         config.budget_loss,

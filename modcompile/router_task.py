@@ -33,5 +33,8 @@ class RouterTask:
     """From an output of `evaluated` to the bits of every block, int64 `[B, T]`; None where they have no choice."""
     set_progress: Callable[[float], None] | None = None
     """Told, before every batch that is trained on, which share of the training is over; for what changes with it."""
-    finish: Callable[[], None] | None = None
+    draw_prices: Callable[[int], torch.Tensor] | None = None
+    """Told, before every batch that is trained on, how many sequences B it has, draws for each the factor on the price
+    of what it executes, `[B]`; None where all have the same."""
+    finish: tuple[Callable[[], None], ...] = ()
     """Called when the training is over, before anything is saved or evaluated."""

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from modcompile.distillation import summed_divergence
+from modcompile.distillation import divergences
 from modcompile.errors import ConfigError
-from modcompile.objective import DISTILL_LOSS, LM_LOSS
+from modcompile.objective import LM_LOSS
 from modcompile.precision_usage import PrecisionUsage
 from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
@@ -64,15 +65,26 @@ class RouterTrainer(Trainer):
         """The loss of a batch; in training, its part of the loss of an update of `num_items_in_batch` predictions."""
         if model.training and self._task.set_progress is not None:
             self._task.set_progress(self._progress)
+        is_predicted = _is_predicted(inputs["labels"])
+        shares = None
+        if model.training and self._task.draw_prices is not None:
+            # Losses for the price, so that all sequences have losses alike.
+            shares = 1 / self._task.draw_prices(len(is_predicted)).unsqueeze(1).expand_as(is_predicted)[is_predicted]
         called = model if model.training else self._task.evaluated
         output = called(**inputs, num_items_in_batch=1)
-        is_predicted, tokens = _is_predicted(inputs["labels"]), output.tokens.sum()
-        predicted = is_predicted.sum()
+        tokens, predicted = output.tokens.sum(), is_predicted.sum()
         summed = {LM_LOSS: output.loss}
-        if self._task.objective.distill_weight:
-            summed[DISTILL_LOSS] = self._divergence(output.logits, inputs, is_predicted)
-        weights = self._task.objective.weights
-        summed_loss = torch.stack([weight * summed[name] for name, weight in weights.items()]).sum()
+        summed_loss = torch.zeros_like(output.loss)
+        for name, weight in self._task.objective.weights.items():
+            if not weight:
+                continue  # no way back through the logits for nothing
+            if name == LM_LOSS and shares is None:
+                part = output.loss
+            else:
+                of_tokens = self._losses(name, output.logits, inputs, is_predicted)
+                summed[name] = of_tokens.sum()
+                part = summed[name] if shares is None else (shares * of_tokens).sum()
+            summed_loss = summed_loss + weight * part
         charged = torch.zeros_like(summed_loss)
         for budget in self._task.objective.budgets:
             spent = budget.spent(output)
@@ -108,11 +120,18 @@ class RouterTrainer(Trainer):
         """The share of the training that is over."""
         return self.state.global_step / self.state.max_steps if self.state.max_steps else 1.0
 
-    def _divergence(self, logits: torch.Tensor, inputs: dict[str, Any], is_predicted: torch.Tensor) -> torch.Tensor:
+    def _losses(
+        self, name: str, logits: torch.Tensor, inputs: dict[str, Any], is_predicted: torch.Tensor
+    ) -> torch.Tensor:
+        """One of the losses of each predicted token, `[N]`."""
+        if name == LM_LOSS:
+            return cross_entropy(
+                logits[:, :-1][is_predicted].float(), inputs["labels"][:, 1:][is_predicted], reduction="none"
+            )
         assert self._task.dense_logits is not None
         with self.accelerator.autocast():
             dense = self._task.dense_logits(inputs["input_ids"], inputs["attention_mask"])
-        return summed_divergence(logits, dense, is_predicted)
+        return divergences(logits, dense, is_predicted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line: of each loss, and what each budget limits and charges."""

@@ -93,8 +93,8 @@ def train_routers(
     # Nothing is written before it is known that all of the above can be used.
     in_first_process(training, prepare)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if task.finish is not None:
-        task.finish()
+    for finish in task.finish:
+        finish()
     report = {**kind.report(task), "steps": result.global_step, "parameters": share_of_parameters(task.model)}
     # Before the evaluation, which may be interrupted, or bring the routers to another dtype (--bf16_full_eval).
     if trainer.is_world_process_zero():

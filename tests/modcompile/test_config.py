@@ -38,6 +38,7 @@ from modcompile.start_config import StartConfig
         (BudgetConfig, "budget_loss", "cubed"),
         (BudgetConfig, "target_warmup_ratio", -0.1),
         (BudgetConfig, "target_warmup_ratio", 1.1),
+        (BudgetConfig, "price_spread", 0.5),
         (LossConfig, "lm_weight", -1.0),
         (LossConfig, "distill_weight", math.inf),
         (StartConfig, "adapter_start_samples", -1),
@@ -52,6 +53,14 @@ def test_refuses_a_value_outside_of_its_range_and_names_the_flag(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^--{field} is "):
         config(**{field: value})
+
+
+def test_a_price_is_above_zero_and_only_prices_spread() -> None:
+    with pytest.raises(ConfigError, match=r"^--router_lambda is 0; it must be a number, above 0$"):
+        BudgetConfig(budget_loss="price", router_lambda=0)
+    with pytest.raises(ConfigError, match=r"^--price_spread is of prices; add --budget_loss price$"):
+        BudgetConfig(budget_loss="squared", price_spread=2)
+    assert BudgetConfig(budget_loss="price", price_spread=2).price_spread == 2
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from modcompile.distillation import dense_logits, summed_divergence
+from modcompile.distillation import dense_logits, divergences
 from tests.tiny_routed import tiny_base
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
@@ -26,23 +26,23 @@ def test_padding_changes_nothing_for_the_other_tokens() -> None:
 
 
 def test_is_the_divergence_of_the_predicted_tokens() -> None:
-    """Summed over them, computed here from probabilities one by one."""
+    """Row by row, computed here from probabilities one by one."""
     ours, theirs = _random(0), _random(1)
     is_predicted = MASK[:, 1:] != 0
-    expected = 0.0
+    expected = []
     for row, column in is_predicted.nonzero().tolist():
         p, q = (each[row, column].softmax(-1).tolist() for each in (theirs, ours))
-        expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert float(summed_divergence(ours, theirs, is_predicted)) == pytest.approx(expected, rel=1e-5)
+        expected.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    assert divergences(ours, theirs, is_predicted).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_is_zero_for_equal_predictions_and_pulls_towards_them() -> None:
     theirs, is_predicted = _random(1), MASK[:, 1:] != 0
-    assert float(summed_divergence(theirs + 3.0, theirs, is_predicted)) == pytest.approx(0, abs=1e-5)
+    assert float(divergences(theirs + 3.0, theirs, is_predicted).sum()) == pytest.approx(0, abs=1e-5)
     ours = _random(0).requires_grad_()
-    divergence = summed_divergence(ours, theirs, is_predicted)
+    divergence = divergences(ours, theirs, is_predicted).sum()
     divergence.backward()
     assert ours.grad is not None
     assert not ours.grad[:, -1].any()
-    closer = summed_divergence(ours.detach() - 0.1 * ours.grad, theirs, is_predicted)
+    closer = divergences(ours.detach() - 0.1 * ours.grad, theirs, is_predicted).sum()
     assert 0 < float(closer) < float(divergence.detach())

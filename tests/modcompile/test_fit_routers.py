@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -91,6 +92,24 @@ def test_all_or_nothing(target: float, ratio: float) -> None:
     fit_routers(model, _blocks(0, 8), target)
     assert all(torch.isfinite(parameter).all() for parameter in model.router_parameters())
     assert measure(model, _blocks(0, 8), 0.5).active_ratio == pytest.approx(ratio, abs=0.02)
+
+
+def test_opens_where_a_block_is_worth_its_price_in_nats() -> None:
+    """Nothing at a price above all costs, where the mean cost is told; near that, routers differ by a constant."""
+    models = {factor: _model(skip_adapter="none", router_layers="1") for factor in (1e6, 1.5, 1.0, 0.5)}
+    mean, ratios, told = 1.0, {}, {}
+    for factor, model in models.items():
+        lost = fit_routers(model, _blocks(0, 32), TARGET, price=factor * mean)
+        assert lost is not None
+        told[factor] = lost
+        mean = told[1e6]
+        ratios[factor] = measure(model, _blocks(0, 32), 0.5).active_ratio
+    assert 0 == ratios[1e6] < ratios[1.5] < ratios[1.0] < ratios[0.5] <= 1
+    # What is skipped costs less than its price.
+    assert told[1.0] < mean * (1 - ratios[1.0])
+    dear, cheap = (models[factor].routers[1].state_dict() for factor in (1.5, 0.5))
+    assert float(cheap["bias"] - dear["bias"]) == pytest.approx(math.log(3), abs=1e-4)
+    torch.testing.assert_close(cheap["score.down.weight"], dear["score.down.weight"])
 
 
 def test_the_same_twice() -> None:

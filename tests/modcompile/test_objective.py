@@ -128,11 +128,19 @@ MEANS = torch.tensor([0.9, 0.6, 0.2])
         ("per_layer", 0.5, (0.4 + 0.1) / 3),
         ("per_layer", 0.7, 0.2 / 3),
         ("per_layer", 0.9, 0.0),
+        ("price", 0.5, 0.9 + 0.6 + 0.2),
+        ("price", 1.0, 0.9 + 0.6 + 0.2),
     ],
 )
 def test_charges_of_each_kind(kind: BudgetLoss, target: float, charged: float) -> None:
     budget = depth_budget(BudgetConfig(target_active_ratio=target, budget_loss=kind))
     assert float(budget.penalty(MEANS)) == pytest.approx(charged, abs=1e-7)
+
+
+def test_a_price_is_of_work() -> None:
+    budget = depth_budget(BudgetConfig(budget_loss="price"), [0.25, 0.75, 1.0])
+    assert float(budget.penalty(MEANS)) == pytest.approx(0.25 * 0.9 + 0.75 * 0.6 + 0.2)
+    assert float(budget.mean(MEANS)) == pytest.approx((0.25 * 0.9 + 0.75 * 0.6 + 0.2) / 2)
 
 
 @pytest.mark.parametrize(

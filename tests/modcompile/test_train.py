@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -101,6 +102,20 @@ def test_starts_from_what_skipping_costs(base_folder: Path, data: list[str]) -> 
     with pytest.raises(ConfigError, match="--router_start_samples is for linear routers"):
         main(["--model_name_or_path", str(base_folder), "--output_dir", "hidden", *data, "--router_start_samples", "4"])
     assert not Path("hidden").exists()
+
+
+def test_learns_many_budgets_at_once(base_folder: Path, data: list[str]) -> None:
+    flags = ["--budget_loss", "price", "--router_lambda", "0.001", "--lm_weight", "0", "--distill_weight", "1"]
+    start = ["--router_hidden_size", "0", "--skip_adapter", "low_rank", "--router_start_samples", "4"]
+    for spread in ("1", "4"):
+        out = ["--output_dir", f"out{spread}", "--price_spread", spread]
+        main(["--model_name_or_path", str(base_folder), *data, *start, *flags, *out])
+    assert read_report(Path("out4"))["training"]["budget"]["price_spread"] == 4
+    alike, various = (load_file(f"out{spread}/routers.safetensors") for spread in ("1", "4"))
+    assert not torch.equal(alike["routers.0.score.down.weight"], various["routers.0.score.down.weight"])
+    refused = ["--precisions", "8", *flags[:4], "--price_spread", "2"]
+    with pytest.raises(ConfigError, match="--price_spread is for depth gates alone"):
+        main(["--model_name_or_path", str(base_folder), *data, *refused])
 
 
 def test_soft_gates_end_hard_at_a_low_temperature(base_folder: Path, data: list[str]) -> None:

@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,45 @@ def test_learns_from_the_text_and_from_the_dense_model(
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert ("eval_distill_loss" in metrics) == bool(distill_weight)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 2.0), (0.0, 1.0)])
+def test_each_sequence_has_losses_for_its_price(tmp_path: Path, weights: tuple[float, float]) -> None:
+    """Computed here sequence by sequence: at each price its gates, and what it loses; and what it executes, in all."""
+    model = build_routed(tiny_base(), RouterConfig(router_hidden_size=0), use_cache=False)
+    torch.manual_seed(0)
+    for router in model.routers.values():
+        nn.init.normal_(router.get_parameter("score.down.weight"), std=0.05)
+    batch, price = _batch(_blocks(4)), 0.03
+    predicted, tokens = int((batch["labels"][:, 1:] != -100).sum()), int(batch["attention_mask"].sum())
+    budget = BudgetConfig(price, budget_loss="price", price_spread=2.0)
+    trainer = _trainer(model, tmp_path, budget, _blocks(4), LossConfig(*weights))
+    model.train()
+    torch.manual_seed(5)
+    loss = trainer.compute_loss(model, batch)
+    torch.manual_seed(5)
+    place = float(torch.rand(()))
+    model.eval()
+    expected, executed = 0.0, 0.0
+    for row in range(4):
+        factor = 2 ** (2 * ((place + row / 4) % 1) - 1)
+        ids = batch["input_ids"][row : row + 1, : int(batch["attention_mask"][row].sum())]
+        with torch.no_grad():
+            for router in model.routers.values():
+                router.get_parameter("bias").sub_(math.log(factor))
+            output, dense = model(ids), model.base(ids).logits[0]
+            for router in model.routers.values():
+                router.get_parameter("bias").add_(math.log(factor))
+        executed += sum(float(gate.sum()) for gate in output.gates)
+        lost = nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:], reduction="sum")
+        diverged = sum(_divergence(dense[column], output.logits[0, column]) for column in range(ids.shape[1] - 1))
+        expected += (weights[0] * float(lost) + weights[1] * diverged) / factor
+    assert 0.2 < executed / tokens / len(model.routers) < 0.8
+    assert loss.item() == pytest.approx(expected / predicted + price * executed / tokens, rel=1e-4)
+    metrics = trainer.evaluate()
+    evaluated = weights[0] * metrics["eval_lm_loss"] + weights[1] * metrics.get("eval_distill_loss", 0.0)
+    assert metrics["eval_loss"] == pytest.approx(evaluated + price * metrics["eval_budget_loss"], rel=1e-5)
+    assert metrics["eval_budget_loss"] == pytest.approx(metrics["eval_active_ratio"] * len(model.routers), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["squared", "per_layer"])
