@@ -1,6 +1,7 @@
 """The HF Trainer on a rewritten graph: the loss, its metrics, and checkpoints that hold the routers only."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,21 @@ class RouterTrainer(Trainer):
         self._evaluation = RoutingTotals(losses, names)
         self.choices = PrecisionUsage()
         self._tokens_of_update = torch.ones(())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """That of the HF Trainer, in which routers learn at their own rate if they have one.
+
+        Raises:
+            ConfigError: they have one, and there are no adapters that could have another.
+        """
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "router_learning_rate", None)
+        if is_new and rate is not None:
+            if not self._task.with_adapters:
+                raise ConfigError("--router_learning_rate is for routers beside adapters; give --learning_rate alone")
+            _learn_at(optimizer, self._task.with_adapters, rate)
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:
         """The batches of one update, and how many tokens they predict in all, those of other processes included.
@@ -179,6 +195,16 @@ class RouterTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._task.load(Path(self.state.best_model_checkpoint))
+
+
+def _learn_at(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
+    """Give some of the parameters of a new optimizer groups of their own, with another learning rate."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
 def _is_predicted(labels: torch.Tensor) -> torch.Tensor:

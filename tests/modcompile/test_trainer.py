@@ -13,6 +13,7 @@ from transformers import default_data_collator
 
 from modcompile.config import BudgetConfig, BudgetLoss, RouterConfig
 from modcompile.depth_training import depth_task
+from modcompile.errors import ConfigError
 from modcompile.loss_config import LossConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
@@ -236,6 +237,44 @@ def test_trains_the_routers_and_nothing_else(routed: RoutedForCausalLM, tmp_path
     _trainer(routed, tmp_path, _ALWAYS_OVER, _blocks(4), max_steps=2).train()
     assert not torch.equal(_routers(routed), routers)
     torch.testing.assert_close(routed.base.state_dict(), base, rtol=0, atol=0)
+
+
+def test_routers_may_learn_at_another_rate_than_adapters(tmp_path: Path) -> None:
+    """With gradient descent, an update is as much larger as the rate; a schedule is for both."""
+    config = RouterConfig(router_hidden_size=0, skip_adapter="low_rank", router_init_bias=1e-3)
+    model = build_routed(tiny_base(), config, use_cache=False)
+    start = copy.deepcopy(model.state_dict())
+    arguments: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "max_grad_norm": 0.0}
+    moved: dict[float | None, list[torch.Tensor]] = {}
+    for rate in (None, 0.2, 0.0):
+        model.load_state_dict(start)
+        trainer = _trainer(model, tmp_path, _ALWAYS_OVER, _blocks(4), router_learning_rate=rate, **arguments)
+        trainer.train()
+        routers, adapters = model.routers[0], model.adapters[0]
+        moved[rate] = [
+            routers.get_parameter("bias").detach() - 1e-3,
+            adapters.get_parameter("up.weight").detach().clone(),
+        ]
+        assert {group["lr"] for group in _optimizer(trainer).param_groups} == {0.1, 0.1 if rate is None else rate}
+        trained = [parameter for group in _optimizer(trainer).param_groups for parameter in group["params"]]
+        assert {id(each) for each in trained} == {id(each) for each in model.router_parameters()}
+        assert len(trained) == len(model.router_parameters())
+    same, doubled, stopped = moved.values()
+    assert same[0].abs() > 1e-3
+    torch.testing.assert_close(doubled[0], 2 * same[0])
+    assert stopped[0].abs() < 1e-9
+    for other in (doubled, stopped):
+        torch.testing.assert_close(other[1], same[1], rtol=0, atol=0)
+
+
+def _optimizer(trainer: RouterTrainer) -> torch.optim.Optimizer:
+    assert trainer.optimizer is not None
+    return trainer.optimizer
+
+
+def test_a_rate_of_their_own_is_for_routers_with_adapters(routed: RoutedForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--router_learning_rate is for routers beside adapters"):
+        _trainer(routed, tmp_path, _ALWAYS_OVER, _blocks(4), max_steps=1, router_learning_rate=0.1).train()
 
 
 def test_lowers_the_active_ratio_to_its_target(routed: RoutedForCausalLM, tmp_path: Path) -> None:
