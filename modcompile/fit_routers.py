@@ -1,7 +1,7 @@
 """Let routers begin as predictions of what it costs to skip, and adapters as what makes that cost least.
 
 In turn: adapters are fitted (`fit_adapters`), with errors weighed as they cost; what each token then costs at each gate
-is estimated (`skip_costs`); linear routers are fitted to the logarithm of that, by ridge regression; and the tokens
+is estimated (`skip_costs`); routers are fitted to the logarithm of that, by ridge regression; and the tokens
 that would then be skipped at the target are those that adapters are fitted for the next time. Costs spread over orders
 of magnitude, so that their logarithm is what a linear map can predict; a line through the means of tokens that are
 thought alike then turns predictions into costs that are right on average.
@@ -19,7 +19,7 @@ from torch import nn
 
 from modcompile.fit_adapters import AdapterSums, new_adapters, token_size
 from modcompile.modeling import RoutedForCausalLM
-from modcompile.routers import LinearScore
+from modcompile.routers import DepthScore, LinearScore
 from modcompile.skip_costs import DenseTrace, trace_dense
 from modcompile.weighted_quantile import weighted_quantile
 
@@ -42,7 +42,7 @@ def fit_routers(
     batch_size: int = 4,
     seed: int = 0,
 ) -> float | None:
-    """Fit the linear routers of a soft model, and its new adapters, on `blocks`, as `tokenize_and_pack` makes them.
+    """Fit the new routers of a soft model, and its new adapters, on `blocks`, as `tokenize_and_pack` makes them.
 
     `target` is the share of the work that is to be done at a threshold of 0.5; unless there is a `price`: then a token
     goes through a block there if it is worth that many nats, whatever share that makes. Returns what is thought to be
@@ -101,7 +101,7 @@ def _fitted(
     gates, together = model.gated_layers, model.router_config.gates_per_decision
     router = model.routers[gates[gate].start]
     score = router.score
-    assert isinstance(score, LinearScore)
+    assert isinstance(score, LinearScore | DepthScore)
     norm: nn.Module = score.norm
     read = norm(trace.states[gates[gate // together * together].start].to(model.dtype)).float()
     wanted = (costs + _LEAST_COST).log()
@@ -111,8 +111,24 @@ def _fitted(
     eye = torch.eye(features.shape[1], dtype=torch.float64, device=features.device)
     weight = torch.linalg.solve(features.T @ features + _RIDGE * eye, features.T @ (wanted - mean).double()).float()
     slope, intercept = _line(read @ weight, costs)
-    score.down.weight.copy_(slope * weight)
+    _say(score, slope * weight)
     return slope * (read @ weight) + intercept, intercept
+
+
+def _say(score: LinearScore | DepthScore, weight: torch.Tensor) -> None:
+    """Let a score be `weight [H]` times what its norm makes of a hidden state.
+
+    Two features of a hidden layer are enough for that, as x = silu(x) - silu(-x). The others keep their random weights
+    and count for nothing until they are trained.
+    """
+    if isinstance(score, LinearScore):
+        score.down.weight.copy_(weight)
+        return
+    score.up.weight[:2] = torch.stack([weight, -weight])
+    if score.up.bias is not None:
+        score.up.bias[:2] = 0
+    score.down.weight.zero_()
+    score.down.weight[0, :2] = score.down.weight.new_tensor([1, -1])
 
 
 def _line(predicted: torch.Tensor, costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,9 +24,8 @@ class StartConfig:
     router_start_samples: int = field(
         default=0,
         metadata={
-            "help": "Let new routers, which must be linear, and new adapters with them, start from an estimate of what "
-            "each token loses where it skips, on this many sequences of the training data, near target_active_ratio. "
-            "0: gates start open."
+            "help": "Let new routers, and new adapters with them, start from an estimate of what a token loses where it "
+            "skips, on this many sequences of the training data, near target_active_ratio. 0: gates start open."
         },
     )
     static_selection_samples: int = field(
@@ -51,15 +50,15 @@ class StartConfig:
         """Refuse routers that can't start from what is asked for.
 
         Raises:
-            ConfigError: they are to be fitted, and have a hidden layer; or only adapters are to be trained, and there
-                are none.
+            ConfigError: they are to be fitted, and have a hidden layer of 1; or only adapters are to be trained, and
+                there are none.
         """
         if self.static_selection_samples and router.skip_adapter == "none":
             raise ConfigError(
                 "--static_selection_samples trains adapters, and there are none; add --skip_adapter low_rank"
             )
-        if self.router_start_samples and router.router_hidden_size:
+        if self.router_start_samples and router.router_hidden_size == 1:
             raise ConfigError(
-                f"--router_start_samples is for linear routers, but --router_hidden_size is "
-                f"{router.router_hidden_size}; make them with --router_hidden_size 0"
+                "--router_start_samples needs routers that can say anything linear, but --router_hidden_size is 1; "
+                "make it 0, or 2 and more"
             )

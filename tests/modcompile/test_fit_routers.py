@@ -112,6 +112,31 @@ def test_opens_where_a_block_is_worth_its_price_in_nats() -> None:
     torch.testing.assert_close(cheap["score.down.weight"], dear["score.down.weight"])
 
 
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("size", [2, 7])
+@torch.no_grad()
+def test_with_a_hidden_layer_routers_say_the_same(size: int, *, layer_norm: bool) -> None:
+    blocks = _blocks(0, 8)
+    linear, hidden = (_model(router_hidden_size=each, layer_norm_router_input=layer_norm) for each in (0, size))
+    for model in (linear, hidden):
+        fit_routers(model, blocks, TARGET)
+    states = torch.randn(3, 5, linear.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for mine, other in zip(linear.routers.values(), hidden.routers.values(), strict=True):
+        assert mine(states).std() > 0.01
+        torch.testing.assert_close(other(states), mine(states), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_all_of_a_hidden_layer_is_trained(size: int) -> None:
+    model = _model(router_hidden_size=size)
+    fit_routers(model, _blocks(0, 8), TARGET)
+    router = model.routers[0]
+    router(torch.randn(4, model.config.hidden_size, generator=torch.Generator().manual_seed(0))).sum().backward()
+    gradient = router.get_parameter("score.down.weight").grad
+    assert gradient is not None
+    assert (gradient != 0).all()
+
+
 def test_the_same_twice() -> None:
     first, second = _model(), _model()
     for model in (first, second):

@@ -5,14 +5,16 @@ from modcompile.errors import ConfigError
 from modcompile.start_config import StartConfig
 
 
-def test_routers_with_a_hidden_layer_are_not_fitted() -> None:
-    with pytest.raises(ConfigError, match="but --router_hidden_size is 32; make them with --router_hidden_size 0"):
-        StartConfig(router_start_samples=1).check_fits(RouterConfig())
+@pytest.mark.parametrize("size", [0, 2, 32])
+def test_fits_routers_that_can_be_linear(size: int) -> None:
+    StartConfig(router_start_samples=1).check_fits(RouterConfig(router_hidden_size=size))
 
 
-def test_others_are() -> None:
-    StartConfig(router_start_samples=1).check_fits(RouterConfig(router_hidden_size=0))
-    StartConfig().check_fits(RouterConfig())
+def test_a_hidden_layer_of_one_is_not_fitted() -> None:
+    narrow = RouterConfig(router_hidden_size=1)
+    StartConfig().check_fits(narrow)
+    with pytest.raises(ConfigError, match="but --router_hidden_size is 1; make it 0, or 2 and more"):
+        StartConfig(router_start_samples=1).check_fits(narrow)
 
 
 def test_a_static_selection_trains_adapters() -> None:

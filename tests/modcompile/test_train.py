@@ -99,9 +99,10 @@ def test_starts_from_what_skipping_costs(base_folder: Path, data: list[str]) -> 
     weights = load_file("out/routers.safetensors")
     assert all(tensor.any() for tensor in weights.values())
     assert read_report(Path("out"))["training"]["metrics"]["eval_active_ratio"] == pytest.approx(0.5, abs=0.2)
-    with pytest.raises(ConfigError, match="--router_start_samples is for linear routers"):
-        main(["--model_name_or_path", str(base_folder), "--output_dir", "hidden", *data, "--router_start_samples", "4"])
-    assert not Path("hidden").exists()
+    narrow = ["--router_hidden_size", "1", "--router_start_samples", "4"]
+    with pytest.raises(ConfigError, match="--router_start_samples needs routers that can say anything linear"):
+        main(["--model_name_or_path", str(base_folder), "--output_dir", "narrow", *data, *narrow])
+    assert not Path("narrow").exists()
 
 
 def test_learns_many_budgets_at_once(base_folder: Path, data: list[str]) -> None:
