@@ -24,8 +24,8 @@ class StartConfig:
     router_start_samples: int = field(
         default=0,
         metadata={
-            "help": "Let new routers, and new adapters with them, start from an estimate of what a token loses where it "
-            "skips, on this many sequences of the training data, near target_active_ratio. 0: gates start open."
+            "help": "Let new routers, and new adapters with them, start from an estimate of what a token loses where "
+            "it skips, on this many sequences of the training data, near target_active_ratio. 0: gates start open."
         },
     )
     static_selection_samples: int = field(
