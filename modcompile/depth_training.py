@@ -93,8 +93,7 @@ def depth_task(model: RoutedForCausalLM, budget: BudgetConfig, loss: LossConfig)
     save, load = partial(save_routers, model), partial(load_routers, model)
     dense = partial(dense_logits, model.base)
     routers = [parameter for router in model.routers.values() for parameter in router.parameters()]
-    with_adapters = routers if model.adapters else []
-    task = RouterTask(model, model, objective, save, load, describe(model), with_adapters, dense)
+    task = RouterTask(model, model, objective, save, load, describe(model), routers, dense)
     if budget.price_spread != 1:
         prices = DrawnPrices(model, budget.price_spread)
         task = replace(task, draw_prices=prices.draw, finish=(prices.stop,))

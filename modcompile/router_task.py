@@ -26,8 +26,8 @@ class RouterTask:
     """Fills the routers from such a folder."""
     description: str
     """One line: what is trained, and how small it is."""
-    with_adapters: Sequence[torch.nn.Parameter] = ()
-    """Parameters of routers whose model has adapters, too; these may learn at another rate."""
+    depth_routers: Sequence[torch.nn.Parameter] = ()
+    """The parameters of depth routers, which may learn at another rate than the adapters beside them."""
     dense_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """From `input_ids` and `attention_mask`, `[B, T]`, to the dense model's logits `[B, T, V]`; an objective that
     distills needs it."""

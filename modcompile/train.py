@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--lm_weight, --distill_weight, --adapter_start_samples and --router_start_samples are for depth gates "
                 "alone; leave them out (see --ce_weight)"
             )
-        if budget.price_spread != 1:
-            raise ConfigError("--price_spread is for depth gates alone; leave it out")
+        if budget.price_spread != 1 or training.router_learning_rate is not None:
+            raise ConfigError("--price_spread and --router_learning_rate are for depth gates alone; leave them out")
         named = named_flags(_CONFIGS, argv)
         output = train_precisions(given, precision, rounding, bits, router, budget, data, training, named)
     else:

@@ -17,6 +17,7 @@ from modcompile.objective import LM_LOSS
 from modcompile.precision_usage import PrecisionUsage
 from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
+from modcompile.training_arguments import RouterTrainingArguments
 
 _IGNORED = -100
 _LARGEST_EXPONENT = 700.0  # exp(710) is no floating-point number
@@ -43,18 +44,12 @@ class RouterTrainer(Trainer):
         self._tokens_of_update = torch.ones(())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """That of the HF Trainer, in which routers learn at their own rate if they have one.
-
-        Raises:
-            ConfigError: they have one, and there are no adapters that could have another.
-        """
+        """That of the HF Trainer, in which depth routers learn at their own rate if they have one."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = getattr(self.args, "router_learning_rate", None)
-        if is_new and rate is not None:
-            if not self._task.with_adapters:
-                raise ConfigError("--router_learning_rate is for routers beside adapters; give --learning_rate alone")
-            _learn_at(optimizer, self._task.with_adapters, rate)
+        assert isinstance(self.args, RouterTrainingArguments)
+        if is_new and self.args.router_learning_rate is not None:
+            _learn_at(optimizer, self._task.depth_routers, self.args.router_learning_rate)
         return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:
@@ -84,7 +79,7 @@ class RouterTrainer(Trainer):
         is_predicted = _is_predicted(inputs["labels"])
         shares = None
         if model.training and self._task.draw_prices is not None:
-            # Losses for the price, so that all sequences have losses alike.
+            # Losses count by the inverse of the price, or those at a high one would be nearly all (`DrawnPrices`).
             shares = 1 / self._task.draw_prices(len(is_predicted)).unsqueeze(1).expand_as(is_predicted)[is_predicted]
         called = model if model.training else self._task.evaluated
         output = called(**inputs, num_items_in_batch=1)

@@ -23,8 +23,8 @@ class RouterTrainingArguments(TrainingArguments):
     router_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "That of routers, where adapters beside them have learning_rate (by default the same). Fitted "
-            "routers take less than fitted adapters: 2e-4 beside 2e-3, say."
+            "help": "That of depth routers, where adapters beside them have learning_rate (by default the same). "
+            "Fitted routers take less than fitted adapters: 2e-4 beside 2e-3, say."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Print a line of metrics every so many steps."})

@@ -83,7 +83,7 @@ def test_more_rank_is_nearer(blocks: Dataset) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 4, HIDDEN_SIZE])
-def test_factors_are_alike(blocks: Dataset, rank: int) -> None:
+def test_factors_are_alike(rank: int) -> None:
     """However hidden states and gradients are scaled: each direction is as long in the one factor as in the other."""
     before = torch.randn(200, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
     after = before + before @ torch.randn(HIDDEN_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))

@@ -114,9 +114,9 @@ def test_learns_many_budgets_at_once(base_folder: Path, data: list[str]) -> None
     assert read_report(Path("out4"))["training"]["budget"]["price_spread"] == 4
     alike, various = (load_file(f"out{spread}/routers.safetensors") for spread in ("1", "4"))
     assert not torch.equal(alike["routers.0.score.down.weight"], various["routers.0.score.down.weight"])
-    refused = ["--precisions", "8", *flags[:4], "--price_spread", "2"]
-    with pytest.raises(ConfigError, match="--price_spread is for depth gates alone"):
-        main(["--model_name_or_path", str(base_folder), *data, *refused])
+    for refused in (["--router_learning_rate", "1e-4"], [*flags[:4], "--price_spread", "2"]):
+        with pytest.raises(ConfigError, match="--price_spread and --router_learning_rate are for depth gates alone"):
+            main(["--model_name_or_path", str(base_folder), *data, "--precisions", "8", *refused])
 
 
 def test_soft_gates_end_hard_at_a_low_temperature(base_folder: Path, data: list[str]) -> None:

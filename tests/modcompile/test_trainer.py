@@ -13,7 +13,6 @@ from transformers import default_data_collator
 
 from modcompile.config import BudgetConfig, BudgetLoss, RouterConfig
 from modcompile.depth_training import depth_task
-from modcompile.errors import ConfigError
 from modcompile.loss_config import LossConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
@@ -270,11 +269,6 @@ def test_routers_may_learn_at_another_rate_than_adapters(tmp_path: Path) -> None
 def _optimizer(trainer: RouterTrainer) -> torch.optim.Optimizer:
     assert trainer.optimizer is not None
     return trainer.optimizer
-
-
-def test_a_rate_of_their_own_is_for_routers_with_adapters(routed: RoutedForCausalLM, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--router_learning_rate is for routers beside adapters"):
-        _trainer(routed, tmp_path, _ALWAYS_OVER, _blocks(4), max_steps=1, router_learning_rate=0.1).train()
 
 
 def test_lowers_the_active_ratio_to_its_target(routed: RoutedForCausalLM, tmp_path: Path) -> None:
