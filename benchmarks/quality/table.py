@@ -1,0 +1,83 @@
+"""The measurements of all seeds, as tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.quality.figures import Point, perplexity_at, share_of_loss, told
+from benchmarks.quality.measuring import RANDOM
+from benchmarks.quality.recipes import ORIGINAL, ROUTED, STATIC
+
+_WAYS = (ROUTED, STATIC, RANDOM)
+
+
+def points_of(result: dict[str, Any], way: str, text: str) -> list[list[Point]]:
+    """By seed, those of a way of skipping on a text; a seed in which it was not measured is left out."""
+    seeds = [seed.get("points", {}).get(way, {}).get(text, []) for seed in result["seeds"].values()]
+    return [[Point(point["work"], point["perplexity"]) for point in points] for points in seeds if points]
+
+
+def tables(result: dict[str, Any], works: Sequence[float]) -> str:
+    """Perplexity against dense at shares of the work, and what routers lose as a share of static selection."""
+    texts = list(next(iter(result["seeds"].values()))["points"][ROUTED])
+    told_how = (
+        f"{result['model']}, {result['steps']} steps of 4 x 256 tokens, {len(result['seeds'])} seeds, up to "
+        f"{result['windows']} windows of {result['window']} tokens of each text; median (range) of the seeds. "
+        "Perplexity against dense, at shares of the work of all blocks: on straight lines, in its logarithm, "
+        "between what was measured."
+    )
+    told_cost = (
+        f"Routers and adapters have {told(_routed(result, 'trainable_share', 100))} % of the parameters; fitting and "
+        f"training them took {told(_routed(result, 'minutes'))} minutes."
+    )
+    parts = [
+        told_how,
+        _table(["text", "", *(f"{work:g}" for work in works)], _rows(result, texts, works)),
+        "What was executed on each text, where thresholds were calibrated on other text:",
+        _table(["text", *(f"{work:g}" for work in result["targets"])], _work_rows(result, texts)),
+        "The original's recipe (soft gates, trained for 0.8, threshold 0.5):",
+        _table(["text", "work", "perplexity against dense"], _original_rows(result, texts)),
+        told_cost,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _routed(result: dict[str, Any], name: str, scale: float = 1.0) -> list[float]:
+    return [seed[name] * scale for seed in result["seeds"].values() if name in seed]
+
+
+def _rows(result: dict[str, Any], texts: Sequence[str], works: Sequence[float]) -> list[list[str]]:
+    rows = []
+    for text in texts:
+        found = {
+            way: [[perplexity_at(points, work) for work in works] for points in points_of(result, way, text)]
+            for way in _WAYS
+        }
+        rows += [[text, way, *map(told, zip(*found[way], strict=True))] for way in _WAYS if found[way]]
+        # Where static selections of some seeds are missing, those that there are.
+        pairs = list(zip(found[ROUTED], found[STATIC], strict=False))
+        shares = [[share_of_loss(one, other) for one, other in zip(*pair, strict=True)] for pair in pairs]
+        if shares:
+            rows.append([text, "loss, as a share of static's", *map(told, zip(*shares, strict=True))])
+    return rows
+
+
+def _work_rows(result: dict[str, Any], texts: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for text in texts:
+        works = [[point.work for point in seed] for seed in points_of(result, ROUTED, text)]
+        rows.append([text, *map(told, zip(*works, strict=True))])
+    return rows
+
+
+def _original_rows(result: dict[str, Any], texts: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for text in texts:
+        points = [point for seed in points_of(result, ORIGINAL, text) for point in seed]
+        if points:
+            rows.append([text, told([each.work for each in points]), told([each.perplexity for each in points])])
+    return rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
