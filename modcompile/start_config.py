@@ -32,8 +32,8 @@ class StartConfig:
         default=0,
         metadata={
             "help": "Let adapters of low rank learn in coordinates in which what they read is white, as seen on this "
-            "many sequences of the training data: can be faster at first, and is sooner unstable; it takes half of the learning "
-            "rate, and a short training. 0: they learn as any matrix does."
+            "many sequences of the training data: can be faster at first, and is sooner unstable: take half of "
+            "the learning rate, and a short training. 0: they learn as any matrix does."
         },
     )
     static_selection_samples: int = field(
