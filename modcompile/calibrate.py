@@ -26,6 +26,7 @@ from modcompile.evaluation_text import (
 )
 from modcompile.flags import parse_flags
 from modcompile.progress import show_elapsed
+from modcompile.reused_memory import reuse_freed_memory
 
 
 @dataclass(frozen=True)
@@ -114,4 +115,5 @@ def _table(found: Sequence[CalibratedThresholds], text: str) -> str:
 
 
 if __name__ == "__main__":
+    reuse_freed_memory()
     sys.exit(run(main))

@@ -22,6 +22,7 @@ from modcompile.errors import ConfigError, DataError, OutputError
 from modcompile.flags import parse_flags
 from modcompile.own_text import write_texts
 from modcompile.progress import show_elapsed
+from modcompile.reused_memory import reuse_freed_memory
 
 _SUFFIX = ".jsonl"
 
@@ -94,4 +95,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    reuse_freed_memory()
     sys.exit(run(main))

@@ -22,6 +22,7 @@ from modcompile.flags import named_flags, parse_flags
 from modcompile.loss_config import LossConfig
 from modcompile.precision_config import PrecisionBudgetConfig, RoundingConfig
 from modcompile.precision_folder import holds_precisions
+from modcompile.reused_memory import reuse_freed_memory
 from modcompile.start_config import StartConfig
 from modcompile.train_depth import train_depth
 from modcompile.train_precisions import PrecisionFlags, train_precisions
@@ -78,4 +79,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    reuse_freed_memory()
     sys.exit(run(main))

@@ -17,6 +17,7 @@ from modcompile.objective import LM_LOSS
 from modcompile.precision_usage import PrecisionUsage
 from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
+from modcompile.text_loss import summed_loss
 from modcompile.training_arguments import RouterTrainingArguments
 from modcompile.whitening import WhitenedSteps
 
@@ -88,21 +89,27 @@ class RouterTrainer(Trainer):
             # Losses count by the inverse of the price, or those at a high one would be nearly all (`DrawnPrices`).
             shares = 1 / self._task.draw_prices(len(is_predicted)).unsqueeze(1).expand_as(is_predicted)[is_predicted]
         called = model if model.training else self._task.evaluated
-        output = called(**inputs, num_items_in_batch=1)
+        given = dict(inputs)
+        if not self._task.objective.lm_weight:
+            del given["labels"]  # its loss is only told: no copies of the logits for its gradient
+        output = called(**given, num_items_in_batch=1)
         tokens, predicted = output.tokens.sum(), is_predicted.sum()
-        summed = {LM_LOSS: output.loss}
-        summed_loss = torch.zeros_like(output.loss)
+        lm_loss = output.loss
+        if lm_loss is None:
+            lm_loss = output.logits.new_tensor(summed_loss(output.logits.detach(), inputs["labels"]))
+        summed = {LM_LOSS: lm_loss}
+        total = torch.zeros_like(lm_loss)
         for name, weight in self._task.objective.weights.items():
             if not weight:
                 continue  # no way back through the logits for nothing
             if name == LM_LOSS and shares is None:
-                part = output.loss
+                part = lm_loss
             else:
                 of_tokens = self._losses(name, output.logits, inputs, is_predicted)
                 summed[name] = of_tokens.sum()
                 part = summed[name] if shares is None else (shares * of_tokens).sum()
-            summed_loss = summed_loss + weight * part
-        charged = torch.zeros_like(summed_loss)
+            total = total + weight * part
+        charged = torch.zeros_like(total)
         for budget in self._task.objective.budgets:
             spent = budget.spent(output)
             penalty = budget.penalty(spent / tokens, self._progress if model.training else 1.0)
@@ -115,9 +122,9 @@ class RouterTrainer(Trainer):
         if model.training and num_items_in_batch is not None:
             share = tokens / self._tokens_of_update
             # Gradients are averaged over processes, and are to be added up.
-            loss = (summed_loss / num_items_in_batch + charged * share) * self.args.world_size
+            loss = (total / num_items_in_batch + charged * share) * self.args.world_size
         else:
-            loss = summed_loss / predicted + charged
+            loss = total / predicted + charged
         return (loss, output) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

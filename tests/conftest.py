@@ -85,6 +85,15 @@ def random_text() -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def padded_rows() -> Dataset:
+    """16 sequences of 32 random tokens that `tiny_base` has; of every second one 12 are padding."""
+    ids = torch.randint(3, 300, (16, 32), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(32) < torch.tensor([32, 20]).repeat(8).unsqueeze(1)).long()
+    columns = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return Dataset.from_dict({name: tensor.tolist() for name, tensor in columns.items()})
+
+
+@pytest.fixture(scope="session")
 def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some two thousand tokens of text."""
     file = tmp_path_factory.mktemp("text") / "train.txt"

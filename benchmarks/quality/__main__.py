@@ -2,7 +2,7 @@
 
 Trains everything with `modcompile.train`, on text that the model writes by itself, and measures it on text of three
 other kinds (--text adds some). What was trained and measured lies in --work_dir, and is not done twice: stop it, and
-start it again. Writes quality.json, .md and .png into benchmarks/results.
+start it again. Writes quality.json, .md and .png into --results_dir.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from typing import Any
 from benchmarks.quality.measuring import measured
 from benchmarks.quality.plot import plot
 from benchmarks.quality.recipes import ROUTED, recipes
-from benchmarks.quality.runs import minutes, trainable_share, trained, training_texts
+from benchmarks.quality.runs import trainable_share, trained, training_texts
 from benchmarks.quality.table import tables
 from benchmarks.quality.texts import named_text, standard_texts, windows
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
+from modcompile.reused_memory import reuse_freed_memory
 
 _WORKS = (0.95, 0.9, 0.8, 0.7)
 _TARGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
@@ -45,21 +46,21 @@ def main() -> None:
         "targets": list(_TARGETS),
         "seeds": {str(seed): {} for seed in range(args.seeds)},
     }
-    for recipe, seed in product(recipes(_WORKS), range(args.seeds)):
-        output = trained(recipe, args.model, file, args.steps, seed, folder)
+    for seed, recipe in product(range(args.seeds), recipes(_WORKS)):
+        training = trained(recipe, args.model, file, args.steps, seed, folder)
         of_seed = result["seeds"][str(seed)]
-        for way, found in measured(output, recipe, texts, calibration, _TARGETS).items():
+        for way, found in measured(training, recipe, texts, calibration, _TARGETS).items():
             of_way = of_seed.setdefault("points", {}).setdefault(way, {})
             for name, points in found.items():
                 of_way[name] = of_way.get(name, []) + points
         if recipe.way == ROUTED:
-            of_seed |= {"minutes": minutes(output), "trainable_share": trainable_share(output)}
-        _write(result)  # of every seed that there is something of
+            of_seed |= {"minutes": training.minutes, "trainable_share": trainable_share(training.folder)}
+        _write(result, Path(args.results_dir))  # of every seed that there is something of
     print(f"\n{tables(result, _WORKS)}")
 
 
-def _write(result: dict[str, Any]) -> None:
-    results = Path(__file__).parents[1] / "results"
+def _write(result: dict[str, Any], results: Path) -> None:
+    results.mkdir(parents=True, exist_ok=True)
     (results / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
     (results / "quality.md").write_text(tables(result, _WORKS))
     plot(result, results / "quality.png")
@@ -73,8 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=4, help="of each text, at most (default: %(default)s)")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH", help="another text to measure on")
     parser.add_argument("--work_dir", default="build/quality", help="what is kept lies here (default: %(default)s)")
+    results = str(Path(__file__).parents[1] / "results")
+    parser.add_argument("--results_dir", default=results, help="what is found goes here (default: %(default)s)")
     return parser
 
 
 if __name__ == "__main__":
+    reuse_freed_memory()
     main()

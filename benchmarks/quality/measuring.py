@@ -1,5 +1,6 @@
 """Perplexity of a trained folder on every text, at the shares of the work that its thresholds make."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from benchmarks.quality.recipes import ROUTED, Recipe
+from benchmarks.quality.runs import Trained, beside
 from modcompile.artifacts import load_with_routers
 from modcompile.calibrating import calibrate_thresholds
 from modcompile.changed_routing import random_gates
@@ -23,20 +25,29 @@ Points = dict[str, dict[str, list[dict[str, float]]]]
 
 
 def measured(
-    folder: Path, recipe: Recipe, texts: Mapping[str, Dataset], calibration: Dataset, targets: Sequence[float]
+    training: Trained, recipe: Recipe, texts: Mapping[str, Dataset], calibration: Dataset, targets: Sequence[float]
 ) -> Points:
-    """What `measure_folder` finds, kept beside the folder: found again, it is not measured again."""
-    kept = folder.with_suffix(".json")
-    asked = {"targets": list(targets), "texts": {name: blocks.num_rows for name, blocks in texts.items()}}
+    """What `measure_folder` finds, kept beside the folder: of the same training and texts, it is not measured again."""
+    kept = beside(training.folder, ".measured.json")
+    asked = {
+        "training": training.command,
+        "targets": list(targets),
+        "texts": {name: _digest(blocks) for name, blocks in texts.items()},
+        "calibration": _digest(calibration),
+    }
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text())
         if found["asked"] == asked:
             points: Points = found["points"]
             return points
-    points = measure_folder(folder, recipe, texts, calibration, targets)
+    points = measure_folder(training.folder, recipe, texts, calibration, targets)
     content = json.dumps({"asked": asked, "points": points}, indent=2)
     replace_file(kept, lambda staging: staging.write_text(content + "\n"))
     return points
+
+
+def _digest(blocks: Dataset) -> str:
+    return hashlib.sha256(json.dumps(blocks["input_ids"][:]).encode()).hexdigest()
 
 
 def measure_folder(

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -31,38 +32,42 @@ def training_texts(model: str, folder: Path) -> Path:
     return path
 
 
-def trained(recipe: Recipe, model: str, texts: Path, steps: int, seed: int, folder: Path) -> Path:
-    """The folder of a recipe and a seed, trained now if it is not there."""
+@dataclass(frozen=True)
+class Trained:
+    """A training that was done."""
+
+    folder: Path
+    command: str
+    minutes: float
+    """What the whole command took, with rewriting, fitting and evaluating."""
+
+
+def trained(recipe: Recipe, model: str, texts: Path, steps: int, seed: int, folder: Path) -> Trained:
+    """That of a recipe and a seed, done now unless the very same command has been."""
     output = folder / f"{recipe.folder}-seed{seed}"
-    if not _is_trained(output, steps):
-        command = f"modcompile.train --model_name_or_path {shlex.quote(model)} --train_file {shlex.quote(str(texts))} "
-        command += f"--output_dir {shlex.quote(str(output))} --overwrite_output_dir {recipe.flags} --seed {seed} "
-        command += f"--max_steps {steps} --warmup_steps {steps // 10} --per_device_train_batch_size 4 "
-        command += "--save_strategy no --max_eval_samples 2 --logging_steps 10"
+    command = f"modcompile.train --model_name_or_path {shlex.quote(model)} --train_file {shlex.quote(str(texts))} "
+    command += f"--output_dir {shlex.quote(str(output))} --overwrite_output_dir {recipe.flags} --seed {seed} "
+    command += f"--max_steps {steps} --warmup_steps {steps // 10} --per_device_train_batch_size 4 "
+    command += "--save_strategy no --max_eval_samples 2 --logging_steps 10"
+    record = beside(output, ".training.json")
+    kept = json.loads(record.read_text()) if record.is_file() and output.is_dir() else {}
+    if kept.get("command") != command:
         start = perf_counter()
         _run(command)
-        _taken(output).write_text(f"{(perf_counter() - start) / 60}\n")
-    return output
+        kept = {"command": command, "minutes": (perf_counter() - start) / 60}
+        replace_file(record, lambda staging: staging.write_text(json.dumps(kept) + "\n"))
+    return Trained(output, command, kept["minutes"])
 
 
-def minutes(folder: Path) -> float:
-    """How long the command of a training took, with rewriting, fitting and evaluating."""
-    return float(_taken(folder).read_text())
+def beside(folder: Path, ending: str) -> Path:
+    """A file next to a folder, of its whole name: what follows a dot in that is no suffix."""
+    return folder.with_name(f"{folder.name}{ending}")
 
 
 def trainable_share(folder: Path) -> float:
     """The parameters of routers and adapters, as a share of all."""
     share: float = read_report(folder)["training"]["parameters"]["trainable_share"]
     return share
-
-
-def _taken(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.minutes")
-
-
-def _is_trained(folder: Path, steps: int) -> bool:
-    training = read_report(folder).get("training", {})
-    return bool(training.get("steps") == steps and "metrics" in training and _taken(folder).is_file())
 
 
 def _run(command: str) -> None:

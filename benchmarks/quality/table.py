@@ -19,8 +19,9 @@ def points_of(result: dict[str, Any], way: str, text: str) -> list[list[Point]]:
 def tables(result: dict[str, Any], works: Sequence[float]) -> str:
     """Perplexity against dense at shares of the work, and what routers lose as a share of static selection."""
     texts = list(next(iter(result["seeds"].values()))["points"][ROUTED])
+    seeds = sum("points" in seed for seed in result["seeds"].values())
     told_how = (
-        f"{result['model']}, {result['steps']} steps of 4 x 256 tokens, {len(result['seeds'])} seeds, up to "
+        f"{result['model']}, {result['steps']} steps of 4 x 256 tokens, {seeds} seed{'s' if seeds > 1 else ''}, up to "
         f"{result['windows']} windows of {result['window']} tokens of each text; median (range) of the seeds. "
         "Perplexity against dense, at shares of the work of all blocks: on straight lines, in its logarithm, "
         "between what was measured."

@@ -15,15 +15,6 @@ from tests.tiny_models import HIDDEN_SIZE
 from tests.tiny_routed import tiny_base
 
 
-@pytest.fixture(scope="module")
-def blocks() -> Dataset:
-    torch.manual_seed(0)
-    ids = torch.randint(3, 300, (16, 32))
-    mask = (torch.arange(32) < torch.tensor([32, 20]).repeat(8).unsqueeze(1)).long()
-    columns = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    return Dataset.from_dict({name: tensor.tolist() for name, tensor in columns.items()})
-
-
 def _model(rank: int, *, blocks_per_gate: int = 1) -> RoutedForCausalLM:
     config = RouterConfig(
         router_hidden_size=0,
@@ -36,9 +27,9 @@ def _model(rank: int, *, blocks_per_gate: int = 1) -> RoutedForCausalLM:
 
 
 @torch.no_grad()
-def _seen(model: RoutedForCausalLM, blocks: Dataset, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _seen(model: RoutedForCausalLM, padded_rows: Dataset, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of the tokens before and after a layer, `[N, H]`, each divided by its size before."""
-    batch = blocks.with_format("torch")[:]
+    batch = padded_rows.with_format("torch")[:]
     output = model.base(batch["input_ids"], batch["attention_mask"], output_hidden_states=True, use_cache=False)
     # What the last layer returns is only given normed: here it is not asked for.
     before, after = (output.hidden_states[index][batch["attention_mask"] == 1] for index in (layer, layer + 1))
@@ -52,11 +43,11 @@ def _error(adapter: nn.Module, before: torch.Tensor, after: torch.Tensor) -> flo
 
 
 @pytest.mark.parametrize("rank", [1, 4, HIDDEN_SIZE])
-def test_no_linear_map_of_its_rank_is_nearer(blocks: Dataset, rank: int) -> None:
+def test_no_linear_map_of_its_rank_is_nearer(padded_rows: Dataset, rank: int) -> None:
     """Than by 1 % for the ridge; each is improved on by gradient descent from where it is, in vain."""
     model = _model(rank)
-    fit_adapters(model, blocks, batch_size=3)
-    before, after = _seen(model, blocks, 1)
+    fit_adapters(model, padded_rows, batch_size=3)
+    before, after = _seen(model, padded_rows, 1)
     adapter = model.adapters[1]
     assert isinstance(adapter, LowRankAdapter)
     fitted = _error(adapter, before, after)
@@ -73,12 +64,12 @@ def test_no_linear_map_of_its_rank_is_nearer(blocks: Dataset, rank: int) -> None
     assert _error(adapter, before, after) > 0.99 * fitted
 
 
-def test_more_rank_is_nearer(blocks: Dataset) -> None:
+def test_more_rank_is_nearer(padded_rows: Dataset) -> None:
     errors = []
     for rank in (1, 2, 8, HIDDEN_SIZE):
         model = _model(rank)
-        fit_adapters(model, blocks)
-        errors.append(_error(model.adapters[1], *_seen(model, blocks, 1)))
+        fit_adapters(model, padded_rows)
+        errors.append(_error(model.adapters[1], *_seen(model, padded_rows, 1)))
     assert errors == sorted(errors, reverse=True)
 
 
@@ -98,13 +89,13 @@ def test_factors_are_alike(rank: int) -> None:
         torch.testing.assert_close(down @ down.T, lengths.diag(), rtol=0, atol=1e-4 * float(lengths.max()))
 
 
-def test_neither_batches_nor_padding_matter(blocks: Dataset) -> None:
+def test_neither_batches_nor_padding_matter(padded_rows: Dataset) -> None:
     weights = []
     cut = [
         {name: row[name][: sum(row["attention_mask"])] for name in ("input_ids", "attention_mask", "labels")}
-        for row in blocks
+        for row in padded_rows
     ]
-    for rows, batch_size in ((blocks, 1), (blocks, 5), (Dataset.from_list(cut), 1)):
+    for rows, batch_size in ((padded_rows, 1), (padded_rows, 5), (Dataset.from_list(cut), 1)):
         model = _model(4)
         fit_adapters(model, rows, batch_size=batch_size)
         adapter = model.adapters[2]
@@ -114,32 +105,32 @@ def test_neither_batches_nor_padding_matter(blocks: Dataset) -> None:
         torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-4)
 
 
-def test_fits_the_members_of_a_group_each_by_itself(blocks: Dataset) -> None:
+def test_fits_the_members_of_a_group_each_by_itself(padded_rows: Dataset) -> None:
     alone, grouped = _model(4), _model(4, blocks_per_gate=2)
     for model in (alone, grouped):
-        fit_adapters(model, blocks)
+        fit_adapters(model, padded_rows)
     for layer in (1, 2):
         torch.testing.assert_close(
             grouped.adapters[layer].state_dict(), alone.adapters[layer].state_dict(), rtol=0, atol=1e-5
         )
 
 
-def test_what_is_fitted_or_trained_stays(blocks: Dataset) -> None:
+def test_what_is_fitted_or_trained_stays(padded_rows: Dataset) -> None:
     model = _model(4)
-    fit_adapters(model, blocks)
+    fit_adapters(model, padded_rows)
     fitted = {layer: copy.deepcopy(adapter.state_dict()) for layer, adapter in model.adapters.items()}
-    fit_adapters(model, blocks.select([3]))
+    fit_adapters(model, padded_rows.select([3]))
     for layer, adapter in model.adapters.items():
         torch.testing.assert_close(adapter.state_dict(), fitted[layer], rtol=0, atol=0)
 
 
-def test_leaves_everything_else_alone(blocks: Dataset) -> None:
+def test_leaves_everything_else_alone(padded_rows: Dataset) -> None:
     model = build_routed(tiny_base(), RouterConfig(router_hidden_size=0, skip_adapter="scale"), use_cache=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fit_adapters(model, blocks)
+    fit_adapters(model, padded_rows)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert all(isinstance(adapter, ScaleAdapter) for adapter in model.adapters.values())
     fitted = _model(4)
-    fit_adapters(fitted, blocks)
+    fit_adapters(fitted, padded_rows)
     assert not any(layer._forward_hooks for layer in find_layers(fitted.base))
     torch.testing.assert_close(dict(fitted.base.state_dict()), dict(tiny_base().state_dict()), rtol=0, atol=0)

@@ -13,15 +13,6 @@ from modcompile.whitening import WhitenedSteps, input_whitening
 from tests.tiny_routed import tiny_base
 
 
-@pytest.fixture(scope="module")
-def blocks() -> Dataset:
-    torch.manual_seed(0)
-    ids = torch.randint(3, 300, (16, 32))
-    mask = (torch.arange(32) < torch.tensor([32, 20]).repeat(8).unsqueeze(1)).long()
-    columns = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    return Dataset.from_dict({name: tensor.tolist() for name, tensor in columns.items()})
-
-
 def _model(**options: Any) -> RoutedForCausalLM:
     defaults: dict[str, Any] = {"skip_adapter": "low_rank", "adapter_rank": 3, "router_start": 1}
     return build_routed(tiny_base(), RouterConfig(**(defaults | options)), use_cache=False)
@@ -34,12 +25,12 @@ def _root(model: RoutedForCausalLM, roots: dict[nn.Parameter, torch.Tensor], lay
 
 
 @pytest.mark.parametrize("options", [{}, {"blocks_per_gate": 2}], ids=str)
-def test_what_adapters_read_is_white(blocks: Dataset, options: dict[str, Any]) -> None:
+def test_what_adapters_read_is_white(padded_rows: Dataset, options: dict[str, Any]) -> None:
     """But for the ridge: a direction of second moment c has c / (c + 0.1) in these coordinates."""
     model = _model(**options)
-    roots = input_whitening(model, blocks, batch_size=3)
+    roots = input_whitening(model, padded_rows, batch_size=3)
     assert len(roots) == len(model.adapters)
-    batch = blocks.with_format("torch")[:]
+    batch = padded_rows.with_format("torch")[:]
     with torch.no_grad():
         output = model.base(batch["input_ids"], batch["attention_mask"], output_hidden_states=True, use_cache=False)
     for layer in model.adapters:
@@ -53,30 +44,30 @@ def test_what_adapters_read_is_white(blocks: Dataset, options: dict[str, Any]) -
         torch.testing.assert_close(root, root.T, rtol=0, atol=1e-6)
 
 
-def test_neither_batches_nor_padding_matter(blocks: Dataset) -> None:
+def test_neither_batches_nor_padding_matter(padded_rows: Dataset) -> None:
     cut = [
         {name: row[name][: sum(row["attention_mask"])] for name in ("input_ids", "attention_mask", "labels")}
-        for row in blocks
+        for row in padded_rows
     ]
     model = _model()
     first, *others = [
         _root(model, input_whitening(model, rows, batch_size=size), 2)
-        for rows, size in ((blocks, 1), (blocks, 5), (Dataset.from_list(cut), 1))
+        for rows, size in ((padded_rows, 1), (padded_rows, 5), (Dataset.from_list(cut), 1))
     ]
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=1e-4)
 
 
-def test_halves_of_layers_read_different_things(blocks: Dataset) -> None:
+def test_halves_of_layers_read_different_things(padded_rows: Dataset) -> None:
     model = _model(granularity="attn+mlp", router_start=0)
-    roots = input_whitening(model, blocks)
+    roots = input_whitening(model, padded_rows)
     assert len(roots) == len(model.adapters)
     assert not torch.allclose(_root(model, roots, 2), _root(model, roots, 3), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["none", "scale"])
-def test_other_adapters_learn_as_they_are(blocks: Dataset, kind: str) -> None:
-    assert input_whitening(_model(skip_adapter=kind), blocks) == {}
+def test_other_adapters_learn_as_they_are(padded_rows: Dataset, kind: str) -> None:
+    assert input_whitening(_model(skip_adapter=kind), padded_rows) == {}
 
 
 @pytest.mark.parametrize(
