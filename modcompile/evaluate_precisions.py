@@ -1,6 +1,7 @@
 """The evaluation of a quantized folder: its precision routers, every precision, and the best static allocations."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from modcompile.evaluation_text import (
     load_evaluation_blocks,
     text_as_json,
 )
+from modcompile.joint_plot import plot_jointly
+from modcompile.joint_sweep import JointPoint, frontier, sweep_jointly
+from modcompile.joint_table import joint_table
 from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement, evaluate_precisions
 from modcompile.precision_plot import plot_precisions
 from modcompile.progress import show_elapsed
 
-PLOT = "precisions.png"
+PLOT, JOINT_PLOT = "precisions.png", "joint.png"
 _WIDTH = 100
 
 
@@ -44,11 +48,16 @@ class PrecisionEvaluationConfig:
 
 
 def evaluate_quantized(
-    folder: Path, text: EvaluationTextConfig, config: PrecisionEvaluationConfig, hard_threshold: float
+    folder: Path,
+    text: EvaluationTextConfig,
+    config: PrecisionEvaluationConfig,
+    hard_threshold: float,
+    sweep_ratios: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Evaluate, print a table, plot, and return what `report.json` is to hold.
 
-    Beside its routers a folder may have depth gates, which are then hard at the threshold.
+    Beside its routers a folder may have depth gates, which are then hard at the threshold; with some `sweep_ratios`
+    precisions are also measured where the gates execute such shares.
 
     Raises:
         ArtifactError: the folder is incomplete, damaged, or of another version.
@@ -68,7 +77,15 @@ def evaluate_quantized(
     print(_table(evaluation, text, threshold))
     plot_precisions(evaluation, folder / PLOT)
     print(f"plotted in {folder / PLOT}")
+    points: list[JointPoint] = []
+    if sweep_ratios:
+        points = sweep_jointly(model, evaluation, blocks, calibration, sweep_ratios)
+        print(joint_table(points))
+        plot_jointly(points, folder / JOINT_PLOT)
+        print(f"plotted in {folder / JOINT_PLOT}")
+    best = frontier(points)
     return {
+        **({"sweep": [_point_as_json(point, is_best=point in best) for point in points]} if points else {}),
         **text_as_json(text, evaluation.sequences, evaluation.predicted_tokens),
         **({} if threshold is None else {"hard_threshold": threshold}),
         "calibration_sequences": calibration.num_rows,
@@ -89,6 +106,17 @@ def evaluate_quantized(
 
 def _as_json(measured: PrecisionMeasurement) -> dict[str, float]:
     return {"perplexity": measured.perplexity, "loss": measured.loss, "average_bits": measured.average_bits}
+
+
+def _point_as_json(point: JointPoint, *, is_best: bool) -> dict[str, Any]:
+    return {
+        "way": point.way,
+        "bits": point.bits,
+        "active_ratio": point.active_ratio,
+        "bytes_per_token": point.bytes_per_token,
+        "on_frontier": is_best,
+        **_as_json(point.measured),
+    }
 
 
 def _table(evaluation: PrecisionEvaluation, text: EvaluationTextConfig, threshold: float | None) -> str:

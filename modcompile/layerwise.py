@@ -54,9 +54,9 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = checkpoint.base.requires_grad_(False)
         self._graphs = PrecisionGraphs(checkpoint, config, depth)
         # Modules of this one, so that their parameters are its own.
-        self._routers, self._depth_routers = (
-            nn.ModuleDict({str(layer): router for layer, router in routers.items()})
-            for routers in (self._graphs.routers, self._graphs.depth_routers)
+        self._routers, self._depth_routers, self._adapters = (
+            nn.ModuleDict({str(layer): module for layer, module in modules.items()})
+            for modules in (self._graphs.routers, self._graphs.depth_routers, self._graphs.adapters)
         )
         self._infer_graph = self._graphs.inference()
         self._train_graph: fx.GraphModule | None = None
@@ -101,7 +101,7 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
         if set(checkpoint.precisions) <= set(known):
             load_precision_routers(model.routers, folder, known, checkpoint.precisions)
         if stored_depth is not None:
-            load_depth_routers(model.depth_routers, folder)
+            load_depth_routers(model.depth_routers, folder, model.adapters)
         return model
 
     @property
@@ -113,6 +113,11 @@ class LayerwiseQuantizeForCausalLM(PreTrainedModel, GenerationMixin):
     def depth_routers(self) -> dict[int, nn.Module]:
         """The routers of the depth gates, by their layers; none without."""
         return self._graphs.depth_routers
+
+    @property
+    def adapters(self) -> dict[int, nn.Module]:
+        """What tokens that skip a layer go through, by its index; empty where that is nothing."""
+        return self._graphs.adapters
 
     def train_forward(
         self,

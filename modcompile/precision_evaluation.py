@@ -81,8 +81,8 @@ def evaluate_precisions(
     with _routers_decide_again(model), eval_mode(model):
         with _bar("Evaluating precisions", len(model.precisions) + 1, blocks) as bar:
             with open_gates(model):
-                fixed = {bits: _measure(model, bits, blocks, predicted, bar) for bits in model.precisions}
-            router = _measure(model, None, blocks, predicted, bar)
+                fixed = {bits: measure_precisions(model, bits, blocks, predicted, bar) for bits in model.precisions}
+            router = measure_precisions(model, None, blocks, predicted, bar)
         num_blocks = len(router.shares)
         sensitivity = measure_block_sensitivity(model, num_blocks, calibration_blocks)
         allocations = greedy_allocations(sensitivity)
@@ -93,7 +93,7 @@ def evaluate_precisions(
         known = {(bits,) * num_blocks: measured for bits, measured in fixed.items()}
         with open_gates(model), _bar("Evaluating static allocations", len(chosen - known.keys()), blocks) as bar:
             static = {
-                bits: known.get(bits) or _measure(model, bits, blocks, predicted, bar)
+                bits: known.get(bits) or measure_precisions(model, bits, blocks, predicted, bar)
                 for bits in sorted(chosen, key=sum)
             }
     trained = any(each.reads_input for each in model.routers.values())
@@ -101,13 +101,17 @@ def evaluate_precisions(
 
 
 @torch.no_grad()
-def _measure(
+def measure_precisions(
     model: LayerwiseQuantizeForCausalLM,
     num_bits: int | Sequence[int] | None,
     blocks: Dataset,
     predicted: int,
     bar: "tqdm[Any]",
 ) -> PrecisionMeasurement:
+    """All blocks at so many bits, or each at its own, or (None) as their routers choose; these bits stay fixed.
+
+    `predicted` tokens of `blocks` are to be predicted (`count_predicted_tokens`).
+    """
     model.fix_precision(num_bits)
     loss, usage = 0.0, PrecisionUsage()
     # One sequence a call: of several, all are computed with the most bits that one of them chose.

@@ -12,7 +12,7 @@ from modcompile.passes.outlined_form import block_calls
 from modcompile.precision_branches import PrecisionCheckpoint, PrecisionWeights
 from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_routers import PrecisionMixer, PrecisionRouter
-from modcompile.routed_graph import hidden_size_of, make_gate, make_routers, trace_outlined
+from modcompile.routed_graph import hidden_size_of, make_adapters, make_gate, make_routers, trace_outlined
 from modcompile.routers import HardenedGate
 
 
@@ -21,13 +21,8 @@ def check_composable(depth: RouterConfig) -> None:
 
     Raises:
         ConfigError: blocks share a gate or a decision, but to be skipped is one of the choices that each makes by
-            itself; or of halves of blocks, or they have adapters, which nobody has combined with precisions yet.
+            itself; or they are of halves of blocks.
     """
-    if depth.skip_adapter != "none":
-        raise ConfigError(
-            f"blocks that choose their bits leave tokens as they are where they skip them, but --skip_adapter is "
-            f"{depth.skip_adapter!r}; make depth gates with --skip_adapter none"
-        )
     if depth.granularity != "block":
         raise ConfigError(
             f"blocks that choose their bits are skipped as a whole, but --granularity is {depth.granularity!r}; make "
@@ -42,7 +37,7 @@ def check_composable(depth: RouterConfig) -> None:
 
 
 class PrecisionGraphs:
-    """Makes the graphs; they share the routers made here, the mixer, and the parameters of the base.
+    """Makes the graphs; they share the routers and adapters made here, the mixer, and the parameters of the base.
 
     Raises:
         ConfigError: see `check_composable`; or `depth` selects no layer of this model.
@@ -69,6 +64,7 @@ class PrecisionGraphs:
             )
             self.routers[layer] = router.to(self._base.device)
         self.depth_routers = {} if depth is None else make_routers(self._dense, depth)
+        self.adapters = {} if depth is None else make_adapters(self._dense, depth)
         self.gate = HardenedGate(make_gate(depth or RouterConfig()))
         self.mixer = PrecisionMixer(straight_through=config.precision_mixing == "straight_through")
 
@@ -103,11 +99,17 @@ class PrecisionGraphs:
             sampled=self._config.precision_mixing == "sampled",
             depth_routers=self.depth_routers,
             gate=self.gate,
+            adapters=self.adapters,
         )
 
     def _choosing(
         self, branches: Mapping[int, Mapping[int, fx.GraphModule]], routers: Mapping[int, nn.Module]
     ) -> fx.GraphModule:
         return choose_precision(
-            self._dense, branches, routers, for_tokens=self._for_tokens, depth_routers=self.depth_routers
+            self._dense,
+            branches,
+            routers,
+            for_tokens=self._for_tokens,
+            depth_routers=self.depth_routers,
+            adapters=self.adapters,
         )

@@ -74,8 +74,8 @@ class PrecisionTraining:
             self._start(model)
         for router in model.routers.values():
             router.requires_grad_(self.trained != "depth")
-        for gate_router in model.depth_routers.values():
-            gate_router.requires_grad_(self.trained != "precision")
+        for of_depth in (*model.depth_routers.values(), *model.adapters.values()):
+            of_depth.requires_grad_(self.trained != "precision")
         return precision_task(model, self.budget, self.depth_budget)
 
     def _start(self, model: LayerwiseQuantizeForCausalLM) -> None:
@@ -116,7 +116,7 @@ def precision_task(
 
 def _save(model: LayerwiseQuantizeForCausalLM, folder: Path) -> None:
     if model.depth_config is not None:
-        save_depth_routers(model.depth_routers, model.depth_config, folder)
+        save_depth_routers(model.depth_routers, model.depth_config, folder, model.adapters)
     save_precision_routers(model.routers, model.router_config, model.precisions, folder)
 
 
@@ -130,7 +130,7 @@ def _load(model: LayerwiseQuantizeForCausalLM, folder: Path) -> None:
             f"depth gates {depth}; give the flags of its training"
         )
     if model.depth_config is not None:
-        load_depth_routers(model.depth_routers, folder)
+        load_depth_routers(model.depth_routers, folder, model.adapters)
     load_precision_routers(model.routers, folder, model.precisions, model.precisions)
 
 

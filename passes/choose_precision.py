@@ -18,8 +18,8 @@ and the bits that the routed blocks gave each token (int64 `[B, T]`) are the las
 
 The versions are the branches. Decided for tokens, one more is `mix_branches`, for calls in which they differ: what a
 block makes of a token then does not depend on its neighbours. A block that also has a depth gate has as its first
-version one that is skipped (0 bits; its keys and values are those of the lowest precision), and the others change the
-open tokens only. It is the form for inference.
+version one that is skipped (0 bits, `skip_path`; its keys and values are those of the lowest precision), and the others
+change the open tokens only. It is the form for inference.
 """
 
 import operator
@@ -49,12 +49,13 @@ def choose_precision(
     *,
     for_tokens: bool = False,
     depth_routers: Mapping[int, nn.Module] | None = None,
+    adapters: Mapping[int, nn.Module] | None = None,
 ) -> fx.GraphModule:
     """Return the outlined form with branched blocks at the layers that are keys of `branches`.
 
     `branches[i]` are versions of block i by their bits, the lowest first, in the order of the router's logits.
-    `depth_routers`, for some of these layers in order, give them a depth gate each; there is then also a buffer
-    `routing_threshold`, one threshold for each of them, as in `harden_gates`.
+    `depth_routers`, for some of these layers in order, give them a depth gate each, and `adapters` what skipped tokens
+    go through; there is then also a buffer `routing_threshold`, one threshold for each of them, as in `harden_gates`.
 
     Keeps equal: in every call, the graph with the chosen branches in the place of the blocks.
     """
@@ -85,7 +86,8 @@ def choose_precision(
         values = results(call)
         call.args = (*call.args, *inputs[layer])
         score = depth[layer][0] if layer in depth else None
-        modules[str(call.target)] = _branched_block(branches[layer], routers[layer], score, for_tokens=for_tokens)
+        skip = (adapters or {}).get(layer)
+        modules[str(call.target)] = _branched_block(branches[layer], routers[layer], score, skip, for_tokens=for_tokens)
         with graph.inserting_after(values[-1]):
             bits.append(graph.call_function(operator.getitem, (call, len(values))))
     graph.output((*outputs, *bits))
@@ -95,16 +97,21 @@ def choose_precision(
 
 
 def _branched_block(
-    by_precision: Mapping[int, fx.GraphModule], router: nn.Module, score: nn.Module | None, *, for_tokens: bool
+    by_precision: Mapping[int, fx.GraphModule],
+    router: nn.Module,
+    score: nn.Module | None,
+    skip: nn.Module | None,
+    *,
+    for_tokens: bool,
 ) -> fx.GraphModule:
     branches, precisions = list(by_precision.values()), list(by_precision)
     decide: nn.Module
     if for_tokens and (score is not None or len(branches) > 1):
         decide = DecideForTokens(router, precisions, score)
-        versions = _versions_for_tokens(branches, can_skip=score is not None)
+        versions = _versions_for_tokens(branches, skip, can_skip=score is not None)
     else:
         decide = DecideForSequences(router, precisions, score)
-        versions = branches if score is None else _versions_for_sequences(branches)
+        versions = branches if score is None else _versions_for_sequences(branches, skip)
     graph = fx.Graph()
     operands = [graph.placeholder(node.name) for node in branches[0].graph.find_nodes(op="placeholder")]
     names = [*_OF_TOKENS, "bias", *(["least_score"] if score is not None else [])]
@@ -118,13 +125,16 @@ def _branched_block(
     return LazyGraphModule(modules, graph)
 
 
-def _versions_for_sequences(branches: Sequence[fx.GraphModule]) -> list[fx.GraphModule]:
+def _versions_for_sequences(branches: Sequence[fx.GraphModule], skip: nn.Module | None) -> list[fx.GraphModule]:
     """Skipped, and every branch for the open tokens only; they also take `is_open [B, T, 1]`."""
-    return [add_unused_inputs(skip_block(branches[0]), ["is_open"]), *map(masked_block, branches)]
+    skipped = add_unused_inputs(skip_block(branches[0], skip), ["is_open"])
+    return [skipped, *(masked_block(branch, skip) for branch in branches)]
 
 
-def _versions_for_tokens(branches: Sequence[fx.GraphModule], *, can_skip: bool) -> list[fx.GraphModule]:
+def _versions_for_tokens(
+    branches: Sequence[fx.GraphModule], skip: nn.Module | None, *, can_skip: bool
+) -> list[fx.GraphModule]:
     """Each for all tokens, and all mixed; they also take the version of each token, `[B, T, 1]`."""
-    versions = [skip_block(branches[0]), *branches] if can_skip else list(branches)
+    versions = [skip_block(branches[0], skip), *branches] if can_skip else list(branches)
     alone = [add_unused_inputs(version, ["selection"]) for version in versions]
     return [*alone, mix_branches(versions, SelectByIndex())]

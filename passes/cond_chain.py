@@ -65,6 +65,13 @@ def add_cond_chain(
     return values
 
 
+def branches_of_chain(block: nn.Module) -> list[nn.Module]:
+    """The branches that `add_cond_chain` has added to a block's children, in their order."""
+    named = dict(block.named_children())
+    others = [name for name in named if name == "branch_1" or name.startswith("take_")]
+    return [named["branch_0"], *(named[name] for name in sorted(others, key=lambda name: int(name.split("_")[1])))]
+
+
 def _nothing(branch: fx.GraphModule, count: int) -> fx.GraphModule:
     graph = fx.Graph()
     hidden, *_ = [graph.placeholder(node.name) for node in branch.graph.find_nodes(op="placeholder")]

@@ -18,10 +18,10 @@ where blocks.i is now, with P branches, and S = 1 for weights of whole sequences
     branches:  y_k = branch_k(hidden, *shared);  precision_weights[…, 0] * y_0 + precision_weights[…, 1] * y_1 + …
 
 and the weights of the routed blocks are the last outputs of the graph, in the order of the layers. A block that also
-has a depth gate has as its first branch one that is skipped, of weight `1 - gate`, and the gates `[B, T, 1]` come after
-the weights. In a graph with keys and values these are mixed likewise, and attended to as they are mixed
-(`mix_branches`): with weights of tokens that is what `choose_precision` does. Without them, each branch attends to its
-own. It is the form for training.
+has a depth gate has as its first branch one that is skipped (`skip_path`), of weight `1 - gate`, and the gates
+`[B, T, 1]` come after the weights. In a graph with keys and values these are mixed likewise, and attended to as they
+are mixed (`mix_branches`): with weights of tokens that is what `choose_precision` does. Without them, each branch
+attends to its own. It is the form for training.
 """
 
 import operator
@@ -55,12 +55,13 @@ def insert_precision_branches(
     sampled: bool = False,
     depth_routers: Mapping[int, nn.Module] | None = None,
     gate: nn.Module | None = None,
+    adapters: Mapping[int, nn.Module] | None = None,
 ) -> fx.GraphModule:
     """Return the outlined form with mixed blocks at the layers that are keys of `branches`.
 
     `branches[i]` are versions of block i by their bits, in the order of the router's logits. Where they are `sampled`,
     one of them runs in a training step (`sampled_branches`). `depth_routers`, for some of these layers, and `gate` give
-    them a depth gate each.
+    them a depth gate each, and `adapters` what skipped tokens go through.
 
     Keeps equal: where the mixer chooses one branch alone, the graph with that branch in the place of the block.
     """
@@ -81,7 +82,8 @@ def insert_precision_branches(
         if depth_routers and index in depth_routers:
             assert gate is not None
             deciding |= {"depth_router": depth_routers[index], "gate": gate}
-        modules[str(call.target)] = _mixed_block(versions, deciding, sampled=sampled)
+        skip = (adapters or {}).get(index)
+        modules[str(call.target)] = _mixed_block(versions, deciding, skip, sampled=sampled)
         with graph.inserting_after(values[-1]):
             weights.append(graph.call_function(operator.getitem, (call, len(values))))
         if "gate" in deciding:
@@ -97,9 +99,11 @@ def gated_weights(weights: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return torch.cat([1 - gate, gate * weights], -1)
 
 
-def _mixed_block(branches: list[fx.GraphModule], deciding: dict[str, nn.Module], *, sampled: bool) -> fx.GraphModule:
+def _mixed_block(
+    branches: list[fx.GraphModule], deciding: dict[str, nn.Module], skip: nn.Module | None, *, sampled: bool
+) -> fx.GraphModule:
     gated = "gate" in deciding
-    versions = [skip_block(branches[0]), *branches] if gated else branches
+    versions = [skip_block(branches[0], skip), *branches] if gated else branches
     mixed = mix_branches(versions, WeightedSum())
     *taken, _ = mixed.graph.find_nodes(op="placeholder")
     graph = fx.Graph()

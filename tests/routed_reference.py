@@ -40,10 +40,12 @@ def decide(
     thresholds: Mapping[int, float],
     inputs: ModelInputs,
     followers: Iterable[int] = (),
+    adapters: Mapping[int, nn.Module] | None = None,
 ) -> tuple[dict[int, Mix], list[torch.Tensor]]:
     """The layer for the tokens whose gate is above the layer's threshold, and the list that gates will be added to.
 
-    Padding is skipped. `followers` are layers without a router of their own, that do as the layer before them did.
+    Padding is skipped. `followers` are layers without a router of their own, that do as the layer before them did;
+    `adapters` what tokens that skip a layer with a router go through.
     """
     is_token = inputs.is_token.unsqueeze(-1)
     gates: list[torch.Tensor] = []
@@ -53,7 +55,7 @@ def decide(
         def chosen(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
             gates.append(torch.sigmoid(routers[layer](before)))
             is_open.append(is_token & (gates[-1] > thresholds[layer]))
-            return torch.where(is_open[-1], after, before)
+            return choose(is_open[-1], (adapters or {}).get(layer))(before, after)
 
         return chosen
 

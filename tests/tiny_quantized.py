@@ -31,7 +31,10 @@ def write_tiny_quantized(folder: Path, tokenizer: PreTrainedTokenizerBase | None
 
 
 def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
-    """Random routers whose choices differ from sequence to sequence, and gates that skip some of the tokens."""
+    """Random routers whose choices differ from sequence to sequence, and gates that skip some of the tokens.
+
+    And adapters that change what they skip.
+    """
     torch.manual_seed(1)
     for router in model.routers.values():
         for linear in router.children():
@@ -42,6 +45,9 @@ def let_routers_decide(model: LayerwiseQuantizeForCausalLM) -> None:
         assert isinstance(gate_router, DepthRouter)
         nn.init.normal_(gate_router.score.down.weight, std=2.0)
         nn.init.zeros_(gate_router.bias)
+    for adapter in model.adapters.values():
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter, std=0.3)
 
 
 def save_deciding_routers(
@@ -52,7 +58,7 @@ def save_deciding_routers(
     let_routers_decide(model)
     save_precision_routers(model.routers, model.router_config, model.precisions, folder)
     if depth is not None:
-        save_depth_routers(model.depth_routers, depth, folder)
+        save_depth_routers(model.depth_routers, depth, folder, model.adapters)
 
 
 def plain_model(folder: Path, bits: Sequence[int]) -> PreTrainedModel:

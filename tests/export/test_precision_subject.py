@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from modcompile.config import RouterConfig
+from modcompile.config import RouterConfig, SkipAdapterKind
 from modcompile.export import verification
 from modcompile.export.build_model import build_model
 from modcompile.export.export_config import ExportConfig
@@ -39,13 +39,16 @@ NOT_EQUAL = r"logits differ by \S+, more than 0\.001 \(.+\)"
 ROUTES = r"only \S+% of the routes are equal, less than 99\.9%"
 PERPLEXITY = r"the perplexity differs by \S+%, more than [0-3]\.\d% \(own decisions, row by row\)"
 FORCED = r"the perplexity differs by \S+%, more than 5\.0% \(.+\)"
-KINDS: dict[str, tuple[str, bool, list[int]]] = {
-    "one precision": ("sequence", False, [4]),
-    "two precisions": ("sequence", False, [4, 16]),
-    "one precision and gates": ("sequence", True, [4]),
-    "tokens and gates": ("token", True, [4, 16]),
-    "one precision, tokens and gates": ("token", True, [4]),
+KINDS: dict[str, tuple[str, SkipAdapterKind | None, list[int]]] = {
+    "one precision": ("sequence", None, [4]),
+    "two precisions": ("sequence", None, [4, 16]),
+    "one precision and gates": ("sequence", "none", [4]),
+    "two precisions, gates and adapters": ("sequence", "low_rank", [4, 16]),
+    "tokens and gates": ("token", "none", [4, 16]),
+    "tokens, gates and adapters": ("token", "low_rank", [4, 16]),
+    "one precision, tokens and gates": ("token", "scale", [4]),
 }
+"""Who decides, what skips a gated block goes through (None: no gates), and the precisions."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ def shortened(model: LayerwiseQuantizeForCausalLM) -> list[Case]:
 
 @pytest.fixture(scope="module", params=KINDS)
 def built(request: pytest.FixtureRequest, quantized_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    scope, gates, precisions = KINDS[request.param]
-    depth = RouterConfig(router_hidden_size=8, lock_last_layers=1) if gates else None
+    scope, skip, precisions = KINDS[request.param]
+    gates = RouterConfig(router_hidden_size=8, lock_last_layers=1, adapter_rank=4)
+    depth = None if skip is None else replace(gates, skip_adapter=skip)
     model = LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, precisions, depth=depth, router_scope=scope)
     let_routers_decide(model)
     folder = tmp_path_factory.mktemp("built")

@@ -88,6 +88,20 @@ def test_a_threshold_is_for_the_router_of_a_folder_with_depth_gates(
     assert "depth gates at threshold 2\n" in capsys.readouterr().out
 
 
+def test_depth_and_precision_are_swept_together(
+    gated_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(shutil.copytree(gated_folder, tmp_path / "own"))
+    assert run(partial(main, [str(own), *FAST, "--sweep", "--sweep_active_ratios", "0.5"])) == 0
+    points = json.loads((own / "report.json").read_text())["evaluation"]["sweep"]
+    assert {point["way"] for point in points} == {"depth alone", "precision alone", "both"}
+    table = capsys.readouterr().out
+    best = [point for point in points if point["on_frontier"]]
+    assert 0 < len(best) == sum(line.endswith("  *") for line in table.splitlines())
+    assert all(f"{point['perplexity']:.3f}" in table for point in points)
+    assert (own / "joint.png").is_file()
+
+
 @pytest.mark.parametrize("flags", [[], ["--precisions", "4"]])
 def test_a_folder_that_is_not_there_is_one_line(
     tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]

@@ -1,6 +1,7 @@
 """Blocks that choose their precision, and whether they run at all."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from modcompile.config import RouterConfig
 from modcompile.errors import ConfigError
 from modcompile.precision_output import PrecisionCausalLMOutput
 from tests.model_inputs import ModelInputs, make_inputs, run_model
-from tests.routed_reference import decide, run_reference, skip
+from tests.routed_reference import choose, decide, run_reference
 from tests.tiny_quantized import let_routers_decide, plain_model
 from tests.tiny_routed import ROUTED_LAYERS, tiny_base
 
@@ -24,10 +25,12 @@ def scope(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def layerwise(quantized_folder: Path, scope: str) -> LayerwiseQuantizeForCausalLM:
+@pytest.fixture(scope="module", params=["none", "low_rank"])
+def layerwise(request: pytest.FixtureRequest, quantized_folder: Path, scope: str) -> LayerwiseQuantizeForCausalLM:
     """Its routers decide; their parameters are not to be changed."""
-    model = LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=_DEPTH, router_scope=scope)
+    depth = replace(_DEPTH, skip_adapter=request.param, adapter_rank=4)
+    model = LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=depth, router_scope=scope)
+    assert tuple(model.adapters) == (() if request.param == "none" else ROUTED_LAYERS)
     let_routers_decide(model)
     return model
 
@@ -64,7 +67,7 @@ def test_closed_gates_skip_single_tokens(
     logits, bits = _used(layerwise, inputs)
     layerwise.fix_precision(None)
     thresholds = dict.fromkeys(ROUTED_LAYERS, 0.5)
-    mixes, gates = decide(layerwise.depth_routers, thresholds, inputs)
+    mixes, gates = decide(layerwise.depth_routers, thresholds, inputs, adapters=layerwise.adapters)
     expected = run_reference(plain_model(quantized_folder, [2, 2, 2]), inputs, mixes)
     torch.testing.assert_close(logits, expected[0][inputs.is_token], rtol=0, atol=1e-4)
     is_open = dict(zip(ROUTED_LAYERS, (gate[inputs.is_token].squeeze(-1) > 0.5 for gate in gates), strict=True))
@@ -85,7 +88,9 @@ def test_threshold_0_runs_all_and_2_none(
     assert [of_layer.unique().tolist() for of_layer in bits] == [[16], [4], [16]]
     layerwise.set_hard_threshold(2)
     none_run, bits = _used(layerwise, inputs)
-    expected = run_reference(plain, inputs, dict.fromkeys(ROUTED_LAYERS, skip))[0]
+    never = torch.tensor(False)
+    skipping = {layer: choose(never, layerwise.adapters.get(layer)) for layer in ROUTED_LAYERS}
+    expected = run_reference(plain, inputs, skipping)[0]
     torch.testing.assert_close(none_run, expected[inputs.is_token], rtol=0, atol=1e-4)
     assert [of_layer.unique().tolist() for of_layer in bits] == [[0], [4], [0]]
     layerwise.set_hard_threshold(0.5)

@@ -15,7 +15,7 @@ from modcompile.precision_config import PrecisionRouterConfig
 from modcompile.precision_router_files import save_precision_routers
 from tests.tiny_quantized import BITS, let_routers_decide
 
-_DEPTH = RouterConfig(router_hidden_size=8, router_pattern="every_other")
+_DEPTH = RouterConfig(router_hidden_size=8, router_pattern="every_other", skip_adapter="low_rank", adapter_rank=4)
 _IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -34,7 +34,7 @@ def shared(
     """The folder that its routers are kept in; not to be changed."""
     folder = Path(shutil.copytree(quantized_folder, tmp_path_factory.mktemp("trained") / "folder"))
     save_precision_routers(trained.routers, trained.router_config, trained.precisions, folder)
-    save_depth_routers(trained.depth_routers, _DEPTH, folder)
+    save_depth_routers(trained.depth_routers, _DEPTH, folder, trained.adapters)
     return folder
 
 

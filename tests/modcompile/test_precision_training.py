@@ -28,9 +28,10 @@ _DEPTH = RouterConfig(router_hidden_size=8, router_pattern="every_other")
 _BITS_BUDGET = PrecisionBudgetConfig(precision_weight=3.0, ce_weight=0.5, avg_bits_target=2.5)
 _DEPTH_BUDGET = BudgetConfig(router_lambda=2.0, target_active_ratio=0.1)
 _CPU = torch.device("cpu")
-# Every scope, every mixing; with gates for sequences.
+_ADAPTED = replace(_DEPTH, skip_adapter="low_rank", adapter_rank=4)
+# Every scope, every mixing; with gates for sequences, and adapters.
 _KINDS: list[tuple[RouterScope, PrecisionMixing, RouterConfig | None]] = [
-    ("sequence", "soft", _DEPTH),
+    ("sequence", "soft", _ADAPTED),
     ("sequence", "straight_through", _DEPTH),
     ("token", "soft", None),
     ("token", "sampled", None),
@@ -56,7 +57,7 @@ def _model(task: RouterTask) -> LayerwiseQuantizeForCausalLM:
 
 def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Of the base and the routers, which the graphs share."""
-    shared = ("base.", "_routers.", "_depth_routers.")
+    shared = ("base.", "_routers.", "_depth_routers.", "_adapters.")
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(shared)}
 
 
@@ -171,8 +172,14 @@ def test_a_training_changes_every_router_and_nothing_else(
     changed = {name for name, tensor in _state(task.model).items() if not torch.equal(tensor, before[name])}
     routers = {".".join(name.split(".")[:2]) for name in changed}
     model = _model(task)
-    assert routers == {f"_routers.{layer}" for layer in model.routers} | {
-        f"_depth_routers.{layer}" for layer in model.depth_routers
+    assert routers == {
+        f"{kind}.{layer}"
+        for kind, modules in (
+            ("_routers", model.routers),
+            ("_depth_routers", model.depth_routers),
+            ("_adapters", model.adapters),
+        )
+        for layer in modules
     }
 
 

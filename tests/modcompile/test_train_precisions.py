@@ -132,11 +132,17 @@ def test_refuses_depth_gates_that_layers_share(
         LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, depth=config)
 
 
-def test_refuses_depth_gates_with_adapters(
-    quantized_folder: Path, data: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["--model_name_or_path", str(quantized_folder), *data, "--route_depth", "--skip_adapter", "low_rank"]
-    assert "make depth gates with --skip_adapter none" in error_of(argv, capsys)
+def test_trains_adapters_beside_both_kinds_of_routers(quantized_folder: Path, data: list[str]) -> None:
+    """What skips goes through them, in `infer_forward` too, and they are read with the rest."""
+    gates = ["--route_depth", "--router_hidden_size", "0", "--skip_adapter", "low_rank", "--adapter_rank", "2"]
+    soft = ["--gate", "soft", "--learning_rate", "0.1"]
+    _train(quantized_folder, *data, *gates, *soft, "--output_dir", "out")
+    model = LayerwiseQuantizeForCausalLM.from_quantized("out")
+    assert [tuple(adapter.get_parameter("up.weight").shape) for adapter in model.adapters.values()] == [(32, 2)] * 3
+    assert all(bool(adapter.get_parameter("up.weight").any()) for adapter in model.adapters.values())
+    before = contents(Path("out"))
+    _train(Path("out"), *data, "--trained_routers", "precision", "--overwrite_output_dir")
+    assert "routers.safetensors" not in _changed(Path("out"), before)
 
 
 def test_keeps_the_depth_gates_of_a_routed_folder(routed_folder: Path, data: list[str]) -> None:
