@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, pad
 from transformers import PreTrainedModel
 
 _TOKENS = 64  # whose logits are worked on at a time: copies of all take longer, and more memory than a small model
@@ -25,7 +25,7 @@ def divergences(logits: torch.Tensor, dense: torch.Tensor, is_predicted: torch.T
     `logits` and `dense` are `[B, T, V]`, and only the first has a gradient; `is_predicted [B, T - 1]` is of the tokens
     after the first.
     """
-    positions = torch.nn.functional.pad(is_predicted, (0, 1)).flatten().nonzero().squeeze(1)
+    positions = pad(is_predicted, (0, 1)).flatten().nonzero().squeeze(1)
     found: torch.Tensor = _Divergences.apply(logits.flatten(0, 1), dense.flatten(0, 1), positions)
     return found
 

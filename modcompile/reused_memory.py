@@ -16,8 +16,8 @@ def reuse_freed_memory() -> None:
     third of a training step's time went into that, as the logits of a batch alone take hundreds of MB. It is for
     commands that compute tensors of the same sizes again and again; what they held at most, they hold until they end.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        for setting, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _PAD)):
-            if mallopt is not None:
-                mallopt(setting, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:  # musl has none
+        return
+    for setting, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _PAD)):
+        mallopt(setting, value)
