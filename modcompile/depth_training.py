@@ -22,7 +22,6 @@ from modcompile.rewriting import describe
 from modcompile.router_task import RouterTask
 from modcompile.start_config import StartConfig
 from modcompile.static_routers import close_statically, freeze_routers
-from modcompile.whitening import input_whitening
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ class Start:
     """With new adapters."""
     selection: Dataset | None = None
     """Of gates that are closed for all tokens, once adapters are fitted."""
-    whitening: Dataset | None = None
-    """Of what adapters read, whether or not they are fitted."""
     is_static: bool = False
     """Whether routers stay as they are."""
 
@@ -61,8 +58,7 @@ class DepthTraining:
             close_statically(model, self.start.selection, self.budget.target_active_ratio)
         if self.start.is_static:
             freeze_routers(model)
-        whitening = {} if self.start.whitening is None else input_whitening(model, self.start.whitening)
-        return replace(depth_task(model, self.budget, self.loss), whitening=whitening)
+        return depth_task(model, self.budget, self.loss)
 
     def copy(self, source: Path, folder: Path, *, overwrite: bool) -> None:
         """Copy what a routed folder holds."""
@@ -79,7 +75,6 @@ def start_rows(blocks: Dataset, config: StartConfig) -> Start:
         _spread(blocks, config.adapter_start_samples),
         _spread(blocks, config.router_start_samples),
         _spread(blocks, config.static_selection_samples),
-        _spread(blocks, config.adapter_whitening_samples),
         is_static=bool(config.static_selection_samples),
     )
 

@@ -22,6 +22,7 @@ from modcompile.layerwise import LayerwiseQuantizeForCausalLM
 from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement, evaluate_precisions
 from modcompile.precision_plot import plot_precisions
 from modcompile.progress import show_elapsed
+from modcompile.weight_bytes import weight_bytes
 
 PLOT, JOINT_PLOT = "precisions.png", "joint.png"
 _WIDTH = 100
@@ -65,6 +66,7 @@ def evaluate_quantized(
         ConfigError: it lacks a precision, or the sequence length is above the model's positions.
         DataError: the text can't be read, or has fewer than two tokens.
         OutputError: the plot can't be written.
+        UnsupportedModelError: precisions are to be swept, and codes are those of look-up tables.
     """
     blocks = load_evaluation_blocks(text, folder)
     calibration = load_calibration_blocks(text, folder, config.calibration_samples)
@@ -73,13 +75,15 @@ def evaluate_quantized(
     threshold = hard_threshold if model.depth_routers else None
     if threshold is not None:
         model.set_hard_threshold(threshold)
+    # A model whose bytes can't be counted is refused before minutes of work.
+    read = weight_bytes(model) if sweep_ratios else None
     evaluation = evaluate_precisions(model, blocks, calibration)
     print(_table(evaluation, text, threshold))
     plot_precisions(evaluation, folder / PLOT)
     print(f"plotted in {folder / PLOT}")
     points: list[JointPoint] = []
-    if sweep_ratios:
-        points = sweep_jointly(model, evaluation, blocks, calibration, sweep_ratios)
+    if read is not None:
+        points = sweep_jointly(model, evaluation, blocks, calibration, sweep_ratios, read)
         print(joint_table(points))
         plot_jointly(points, folder / JOINT_PLOT)
         print(f"plotted in {folder / JOINT_PLOT}")

@@ -15,7 +15,7 @@ from modcompile.passes.harden_gates import score_and_bias
 from modcompile.precision_evaluation import PrecisionEvaluation, PrecisionMeasurement, measure_precisions
 from modcompile.text_loss import batches, count_predicted_tokens
 from modcompile.tracing import eval_mode
-from modcompile.weight_bytes import weight_bytes
+from modcompile.weight_bytes import WeightBytes
 from modcompile.weighted_quantile import weighted_quantile
 
 DEPTH, PRECISION, BOTH = "depth alone", "precision alone", "both"
@@ -42,6 +42,7 @@ def sweep_jointly(
     blocks: Dataset,
     calibration: Dataset,
     targets: Sequence[float],
+    read: WeightBytes,
 ) -> list[JointPoint]:
     """Measure on `blocks` all bits of their `evaluation` where depth gates execute about `targets` of the work, too.
 
@@ -50,17 +51,16 @@ def sweep_jointly(
     - both: all others
 
     Gates have one threshold for all, by what they say of `calibration`, another text, while all are open; how much they
-    then execute is measured. Afterwards the model's routers and its gates decide as before.
+    then execute is measured. What is read is counted by `read`, the model's `weight_bytes`. Afterwards the model's
+    routers and its gates decide as before.
 
     Raises:
         ConfigError: the model has no depth gates.
         DataError: there is no token to predict, or one that the model does not have.
-        UnsupportedModelError: its codes are those of look-up tables.
     """
     if not model.depth_routers:
         raise ConfigError("there are no depth gates to sweep; train some with --route_depth, or leave --sweep out")
     predicted = count_predicted_tokens(blocks, model.config.vocab_size)
-    read = weight_bytes(model)
     highest = (model.precisions[-1],) * len(model.routers)
     measured = {bits: point for bits, point in evaluation.static.items() if len(set(bits)) > 1}
     measured |= {(bits,) * len(model.routers): point for bits, point in evaluation.fixed.items()}

@@ -1,7 +1,7 @@
 """What a training of routers has to know of a model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ class RouterTask:
     """One line: what is trained, and how small it is."""
     depth_routers: Sequence[torch.nn.Parameter] = ()
     """The parameters of depth routers, which may learn at another rate than the adapters beside them."""
-    whitening: Mapping[torch.nn.Parameter, torch.Tensor] = field(default_factory=dict)
-    """Of matrices `[K, H]` that learn in other coordinates, their roots `[H, H]` (`WhitenedSteps`)."""
     dense_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """From `input_ids` and `attention_mask`, `[B, T]`, to the dense model's logits `[B, T, V]`; an objective that
     distills needs it."""

@@ -1,4 +1,4 @@
-"""The options of what a training of depth gates starts from, and in which coordinates."""
+"""The options of what a training of depth gates starts from."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from modcompile.errors import ConfigError
 
 @dataclass(frozen=True)
 class StartConfig:
-    """What adapters and routers start from, and learn in.
+    """What adapters and routers start from.
 
     Raises:
         ConfigError: an option is outside of its range, or two exclude each other.
@@ -28,14 +28,6 @@ class StartConfig:
             "it skips, on this many sequences of the training data, near target_active_ratio. 0: gates start open."
         },
     )
-    adapter_whitening_samples: int = field(
-        default=0,
-        metadata={
-            "help": "Let adapters of low rank learn in coordinates in which what they read is white, as seen on this "
-            "many sequences of the training data: can be faster at first, and is sooner unstable: take half of "
-            "the learning rate, and a short training. 0: they learn as any matrix does."
-        },
-    )
     static_selection_samples: int = field(
         default=0,
         metadata={
@@ -48,7 +40,6 @@ class StartConfig:
     def __post_init__(self) -> None:
         check("adapter_start_samples", self.adapter_start_samples, at_least=0)
         check("router_start_samples", self.router_start_samples, at_least=0)
-        check("adapter_whitening_samples", self.adapter_whitening_samples, at_least=0)
         check("static_selection_samples", self.static_selection_samples, at_least=0)
         if self.router_start_samples and self.static_selection_samples:
             raise ConfigError(

@@ -64,7 +64,7 @@ def train_depth(
         in_first_process(training, rewrite)
     rows = start_rows(blocks["train"], start)
     if training.resume_from_checkpoint is not None:
-        rows = Start(whitening=rows.whitening, is_static=rows.is_static)  # what a checkpoint holds has been fitted
+        rows = Start(is_static=rows.is_static)  # what a checkpoint holds has been fitted
     train_routers(folder, output, blocks, DepthTraining(budget, loss, rows), training)
     return output
 

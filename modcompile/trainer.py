@@ -19,7 +19,6 @@ from modcompile.router_task import RouterTask
 from modcompile.routing_totals import RoutingTotals
 from modcompile.text_loss import summed_loss
 from modcompile.training_arguments import RouterTrainingArguments
-from modcompile.whitening import WhitenedSteps
 
 _IGNORED = -100
 _LARGEST_EXPONENT = 700.0  # exp(710) is no floating-point number
@@ -46,17 +45,12 @@ class RouterTrainer(Trainer):
         self._tokens_of_update = torch.ones(())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """That of the HF Trainer, in which depth routers learn at their own rate if they have one.
-
-        And some matrices in their own coordinates.
-        """
+        """That of the HF Trainer, in which depth routers learn at their own rate if they have one."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         assert isinstance(self.args, RouterTrainingArguments)
         if is_new and self.args.router_learning_rate is not None:
             _learn_at(optimizer, self._task.depth_routers, self.args.router_learning_rate)
-        if is_new and self._task.whitening:
-            WhitenedSteps(optimizer, self._task.whitening)
         return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:

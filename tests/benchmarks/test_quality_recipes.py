@@ -33,7 +33,6 @@ def test_static_selections_have_the_adapters_and_the_training_of_the_routers() -
         assert theirs["target_active_ratio"] == recipe.work
         for name in ("skip_adapter", "adapter_rank", "learning_rate", "lr_scheduler_type", "distill_weight"):
             assert theirs[name] == ours[name]
-        assert theirs["adapter_whitening_samples"] == ours["adapter_whitening_samples"]
 
 
 def test_the_original_has_soft_gates_and_no_adapters() -> None:

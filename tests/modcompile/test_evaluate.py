@@ -11,6 +11,7 @@ from modcompile.cli import run
 from modcompile.config import RouterConfig
 from modcompile.evaluate import main
 from tests.folder_contents import contents
+from tests.tiny_any_precision import tiny_any_precision, write_any_precision
 from tests.tiny_quantized import save_deciding_routers, write_tiny_quantized
 
 FAST = ["--sequence_length", "32", "--max_samples", "1"]
@@ -100,6 +101,22 @@ def test_depth_and_precision_are_swept_together(
     assert 0 < len(best) == sum(line.endswith("  *") for line in table.splitlines())
     assert all(f"{point['perplexity']:.3f}" in table for point in points)
     assert (own / "joint.png").is_file()
+
+
+def test_what_has_no_bytes_to_count_is_not_measured_first(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Codes of look-up tables can be evaluated, but not swept."""
+    folder = tmp_path / "tables"
+    write_any_precision(tiny_any_precision(), folder)
+    tokenizer.save_pretrained(folder)
+    save_deciding_routers(folder, RouterConfig(router_hidden_size=8))
+    before = contents(folder)
+    assert run(partial(main, [str(folder), *FAST, "--sweep"])) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "is looked up in tables" in captured.err
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--precisions", "4"]])

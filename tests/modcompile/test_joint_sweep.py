@@ -40,7 +40,7 @@ def evaluation(model: LayerwiseQuantizeForCausalLM, rows: Dataset) -> PrecisionE
 
 @pytest.fixture(scope="module")
 def points(model: LayerwiseQuantizeForCausalLM, evaluation: PrecisionEvaluation, rows: Dataset) -> list[JointPoint]:
-    return sweep_jointly(model, evaluation, rows, rows, TARGETS)
+    return sweep_jointly(model, evaluation, rows, rows, TARGETS, weight_bytes(model))
 
 
 def _of(points: list[JointPoint], way: str, bits: str) -> list[JointPoint]:
@@ -90,7 +90,7 @@ def test_without_gates_there_is_nothing_to_sweep(
 ) -> None:
     ungated = LayerwiseQuantizeForCausalLM.from_quantized(quantized_folder, [4, 16])
     with pytest.raises(ConfigError, match="no depth gates to sweep"):
-        sweep_jointly(ungated, evaluation, rows, rows, TARGETS)
+        sweep_jointly(ungated, evaluation, rows, rows, TARGETS, weight_bytes(ungated))
 
 
 def _point(way: str, megabytes: float, loss: float) -> JointPoint:

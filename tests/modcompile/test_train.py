@@ -119,20 +119,6 @@ def test_learns_many_budgets_at_once(base_folder: Path, data: list[str]) -> None
             main(["--model_name_or_path", str(base_folder), *data, "--precisions", "8", *refused])
 
 
-def test_adapters_learn_in_white_coordinates_and_resume_in_them(base_folder: Path, data: list[str]) -> None:
-    flags = ["--model_name_or_path", str(base_folder), *data, "--skip_adapter", "low_rank", "--gate", "soft"]
-    flags += ["--max_train_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
-    for samples in ("0", "2"):
-        main([*flags, "--output_dir", f"out{samples}", "--adapter_whitening_samples", samples])
-    plain, white = (load_file(f"out{samples}/routers.safetensors") for samples in ("0", "2"))
-    name = next(name for name in white if name.endswith("down.weight") and "adapter" in name)
-    assert not torch.equal(white[name], plain[name])
-    shutil.rmtree("out2/checkpoint-4")
-    main([*flags, "--output_dir", "out2", "--adapter_whitening_samples", "2", "--resume_from_checkpoint", "true"])
-    for name, tensor in load_file("out2/routers.safetensors").items():
-        torch.testing.assert_close(tensor, white[name], rtol=0, atol=0)
-
-
 def test_soft_gates_end_hard_at_a_low_temperature(base_folder: Path, data: list[str]) -> None:
     """The routers are scaled by it, so that they say what the gates said that were trained."""
     flags = ["--gate", "soft", "--router_init_bias", "0.5", "--learning_rate", "0"]
