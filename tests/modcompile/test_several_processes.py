@@ -32,15 +32,17 @@ def _train_in_two_processes(argv: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("start", ["base", "routed"])
+@pytest.mark.parametrize("start", ["base", "fitted", "routed"])
 def test_two_processes_train_what_one_does(
     base_folder: Path, routed_folder: Path, train_file: Path, tmp_path: Path, start: str
 ) -> None:
     """Each has half of every batch; rows differ in length."""
-    model = base_folder if start == "base" else routed_folder
-    flags = [flag for flag in _FLAGS if start == "base" or flag not in ("--skip_adapter", "low_rank")]
+    model = routed_folder if start == "routed" else base_folder
+    flags = list(_FLAGS)
     if start == "routed":
-        flags = [flag for flag in flags if flag not in ("--gate", "soft")]
+        flags = [flag for flag in flags if flag not in ("--skip_adapter", "low_rank", "--gate", "soft")]
+    if start == "fitted":
+        flags += ["--router_hidden_size", "0", "--router_start_samples", "2"]
     argv = ["--model_name_or_path", str(model), "--train_file", str(train_file), *flags]
     one, two = tmp_path / "one", tmp_path / "two"
     main([*argv, "--output_dir", str(one), "--per_device_train_batch_size", "4"])
