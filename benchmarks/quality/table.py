@@ -18,7 +18,7 @@ def points_of(result: dict[str, Any], way: str, text: str) -> list[list[Point]]:
 
 def tables(result: dict[str, Any], works: Sequence[float]) -> str:
     """Perplexity against dense at shares of the work, and what routers lose as a share of static selection."""
-    texts = list(next(iter(result["seeds"].values()))["points"][ROUTED])
+    texts = list(result["texts"])
     seeds = sum("points" in seed for seed in result["seeds"].values())
     told_how = (
         f"{result['model']}, {result['steps']} steps of 4 x 256 tokens, {seeds} seed{'s' if seeds > 1 else ''}, up to "
@@ -54,9 +54,12 @@ def _rows(result: dict[str, Any], texts: Sequence[str], works: Sequence[float]) 
             for way in _WAYS
         }
         rows += [[text, way, *map(told, zip(*found[way], strict=True))] for way in _WAYS if found[way]]
-        # Where static selections of some seeds are missing, those that there are.
-        pairs = list(zip(found[ROUTED], found[STATIC], strict=False))
-        shares = [[share_of_loss(one, other) for one, other in zip(*pair, strict=True)] for pair in pairs]
+        both = [seed for seed in result["seeds"].values() if {ROUTED, STATIC} <= seed.get("points", {}).keys()]
+        ours, theirs = (points_of({"seeds": dict(enumerate(both))}, way, text) for way in (ROUTED, STATIC))
+        shares = [
+            [share_of_loss(perplexity_at(one, work), perplexity_at(other, work)) for work in works]
+            for one, other in zip(ours, theirs, strict=True)
+        ]
         if shares:
             rows.append([text, "loss, as a share of static's", *map(told, zip(*shares, strict=True))])
     return rows
@@ -66,7 +69,8 @@ def _work_rows(result: dict[str, Any], texts: Sequence[str]) -> list[list[str]]:
     rows = []
     for text in texts:
         works = [[point.work for point in seed] for seed in points_of(result, ROUTED, text)]
-        rows.append([text, *map(told, zip(*works, strict=True))])
+        if works:
+            rows.append([text, *map(told, zip(*works, strict=True))])
     return rows
 
 

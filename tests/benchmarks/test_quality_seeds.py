@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.seeds import other_seeds
+from benchmarks.quality.seeds import kept_seeds
 
 HOW: dict[str, Any] = {"steps": 70, "texts": {"prose": "a digest"}}
-SEEDS = {"0": {"minutes": 9.0}, "1": {"minutes": 10.0}}
+SEEDS: dict[str, Any] = {
+    "0": {"minutes": 9.0, "points": {"routed": {"prose": [1]}, "static": {"prose": [2]}}},
+    "1": {"minutes": 10.0, "points": {"routed": {"prose": [3]}}},
+}
 
 
 @pytest.fixture
@@ -18,15 +21,20 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_keeps_what_is_not_asked_for_again(file: Path) -> None:
-    assert other_seeds(file, HOW, [2]) == SEEDS
-    assert other_seeds(file, HOW, [1, 2]) == {"0": SEEDS["0"]}
-    assert other_seeds(file, HOW, [0, 1]) == {}
+    every = ["routed", "static"]
+    assert kept_seeds(file, HOW, [2], every) == SEEDS | {"2": {}}
+    found = kept_seeds(file, HOW, [1, 2], every)
+    assert found["0"] == SEEDS["0"]
+    assert found["1"]["points"] == found["2"] == {}
+    found = kept_seeds(file, HOW, [0], ["routed"])
+    assert found["0"] == {"minutes": 9.0, "points": {"static": {"prose": [2]}}}
+    assert found["1"] == SEEDS["1"]
 
 
 @pytest.mark.parametrize("other", [{"steps": 71}, {"texts": {"prose": "another"}}, {"windows": 4}])
 def test_keeps_nothing_that_was_found_in_another_way(file: Path, other: dict[str, Any]) -> None:
-    assert other_seeds(file, HOW | other, [2]) == {}
+    assert kept_seeds(file, HOW | other, [2], ["routed"]) == {"2": {}}
 
 
 def test_keeps_nothing_where_there_is_nothing(tmp_path: Path) -> None:
-    assert other_seeds(tmp_path / "quality.json", HOW, [2]) == {}
+    assert kept_seeds(tmp_path / "quality.json", HOW, [2], ["routed"]) == {"2": {}}

@@ -29,6 +29,7 @@ def result() -> dict[str, Any]:
         "steps": 70,
         "windows": 4,
         "window": 512,
+        "texts": {"prose": "a digest"},
         "targets": [0.9, 0.8],
         "seeds": {
             "0": {"points": first, "minutes": 12.0, "trainable_share": 0.009},
@@ -67,8 +68,26 @@ def test_tells_what_there_is_of_a_run_that_goes_on(result: dict[str, Any]) -> No
     assert not any(STATIC in row or RANDOM in row or "loss, as a share of static's" in row for row in rows)
 
 
+def test_pairs_are_of_one_seed(result: dict[str, Any]) -> None:
+    """The second seed's static selection is not compared with the first one's routers."""
+    points = result["seeds"]["0"]["points"]
+    result["seeds"]["1"]["points"][STATIC] = points.pop(STATIC)
+    assert ["prose", "loss, as a share of static's", "1.38", "1.38"] in _rows(tables(result, (0.9, 0.8)))
+    del points[ROUTED]  # is being trained again
+    assert ["prose", ROUTED, "1.30"] in _rows(tables(result, (0.9,)))
+
+
+def test_tells_of_static_selections_alone(result: dict[str, Any], tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        del result["seeds"][seed]["points"][ROUTED]
+    assert ["prose", STATIC, "1.21"] in _rows(tables(result, (0.9,)))
+    plot(result, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").is_file()
+
+
 @pytest.mark.parametrize("texts", [1, 2])
 def test_plot_has_a_panel_for_each_text(result: dict[str, Any], tmp_path: Path, texts: int) -> None:
+    result["texts"] |= {f"text {number}": "a digest" for number in range(1, texts)}
     for seed in ("0", "1"):
         for points in result["seeds"][seed]["points"].values():
             points |= {f"text {number}": points["prose"] for number in range(1, texts)}

@@ -60,6 +60,13 @@ def test_keeps_the_checkpoints_of_a_training_that_was_cut_short(
     assert (folder / "checkpoint-1").is_dir()
 
 
+def test_gates_that_are_not_hard_have_no_second_order(base_folder: Path, data: DataConfig, tmp_path: Path) -> None:
+    soft, loss = RouterConfig(gate="soft"), LossConfig(gate_gradient="second_order")
+    with pytest.raises(ConfigError, match="--gate is soft; make it straight_through, or leave --gate_gradient out"):
+        train_depth(str(base_folder), soft, BudgetConfig(), loss, StartConfig(), data, _arguments(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["base", "routed"])
 def test_a_model_without_a_tokenizer_writes_nothing(
     base_folder: Path, routed_folder: Path, data: DataConfig, tmp_path: Path, kind: str

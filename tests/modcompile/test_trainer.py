@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from modcompile.loss_config import LossConfig
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
 from modcompile.routed_graph import build_routed
+from modcompile.router_task import RouterTask
 from modcompile.routers import DepthRouter
 from modcompile.trainer import RouterTrainer
 from modcompile.training_arguments import RouterTrainingArguments
@@ -180,6 +182,39 @@ def test_each_sequence_has_losses_for_its_price(tmp_path: Path, weights: tuple[f
     evaluated = weights[0] * metrics["eval_lm_loss"] + weights[1] * metrics.get("eval_distill_loss", 0.0)
     assert metrics["eval_loss"] == pytest.approx(evaluated + price * metrics["eval_budget_loss"], rel=1e-5)
     assert metrics["eval_budget_loss"] == pytest.approx(metrics["eval_active_ratio"] * len(model.routers), rel=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+def test_gates_learn_to_the_second_order_what_losses_of_all_weights_count(tmp_path: Path, spread: float) -> None:
+    """The loss is what it is without; its gradient is that of the first order, and of the correction."""
+    model = build_routed(tiny_base(), RouterConfig(router_hidden_size=0), use_cache=False)
+    torch.manual_seed(0)
+    for router in model.routers.values():
+        nn.init.normal_(router.get_parameter("score.down.weight"), std=0.05)
+    budget = BudgetConfig(0.03, budget_loss="price", price_spread=spread)
+    batch, weights = _batch(_blocks(4)), (0.5, 2.0)
+    trainer = _trainer(model, tmp_path, budget, _blocks(4), LossConfig(*weights, gate_gradient="second_order"))
+    model.train()
+    task, parameters = trainer._task, model.router_parameters()
+
+    def loss_of(task: RouterTask) -> torch.Tensor:
+        trainer._task = task
+        torch.manual_seed(5)
+        loss: torch.Tensor = trainer.compute_loss(model, batch)
+        return loss
+
+    corrected, plain = loss_of(task), loss_of(replace(task, gate_correction=None))
+    assert corrected.item() == pytest.approx(plain.item(), rel=1e-6)
+
+    torch.manual_seed(5)
+    shares = torch.ones(4) if task.draw_prices is None else 1 / task.draw_prices(4)
+    output = model(batch["input_ids"], batch["attention_mask"])
+    predicting = nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    assert task.gate_correction is not None
+    correction = task.gate_correction(output, predicting, shares) * sum(weights) / predicting.sum()
+    found, first, second = (torch.autograd.grad(loss, parameters) for loss in (corrected, plain, correction))
+    assert max(float(each.abs().max()) for each in second) > 1e-4
+    torch.testing.assert_close(found, tuple(one + other for one, other in zip(first, second, strict=True)))
 
 
 @pytest.mark.parametrize("kind", ["squared", "per_layer"])
