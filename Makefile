@@ -61,6 +61,7 @@ bench: venv ## Measure what routing and precisions cost and gain, and our speed 
 
 bench-quality: venv ## Train routers and what they have to beat, and measure what each loses (an hour and a half a seed)
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.skip_limits
 
 bench-peers: $(PEERS)/.installed ## Install those that `make bench` compares with (compiles for ten minutes)
 

@@ -50,14 +50,20 @@ class LossConfig:
         if not self.lm_weight and not self.distill_weight:
             raise ConfigError("--lm_weight and --distill_weight are both 0: there is nothing left to learn from")
 
-    def check_fits(self, router: RouterConfig) -> None:
+    def check_fits(self, router: RouterConfig, *, is_static: bool) -> None:
         """Refuse gates that can't learn as they are to.
 
         Raises:
-            ConfigError: a gradient of the second order is asked for, and gates are not straight-through.
+            ConfigError: a gradient of the second order is wanted, and gates are not straight-through, or do not learn.
         """
-        if self.gate_gradient == "second_order" and router.gate != "straight_through":
+        if self.gate_gradient != "second_order":
+            return
+        if router.gate != "straight_through":
             raise ConfigError(
                 f"--gate_gradient second_order is for gates that are 0 or 1 in training, and --gate is {router.gate}; "
                 "make it straight_through, or leave --gate_gradient out"
+            )
+        if is_static:
+            raise ConfigError(
+                "--gate_gradient is for gates that learn, and those of --static_selection_samples do not; leave it out"
             )

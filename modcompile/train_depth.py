@@ -40,7 +40,7 @@ def train_depth(
     routed = is_routed_folder(given)
     kind = read_router_config(given) if routed else router
     start.check_fits(kind)
-    loss.check_fits(kind)
+    loss.check_fits(kind, is_static=bool(start.static_selection_samples))
     source = find_checkpoint(str(given.resolve()) if routed else model)
     default = given if routed else Path(f"{source.name}-routed")
     folder = output = training.output_or(default)

@@ -42,6 +42,7 @@ from modcompile.start_config import StartConfig
         (LossConfig, "lm_weight", -1.0),
         (LossConfig, "distill_weight", math.inf),
         (StartConfig, "adapter_start_samples", -1),
+        (LossConfig, "gate_gradient", "third_order"),
         (LossConfig, "gate_temperature", 0),
         (LossConfig, "gate_temperature", 1.5),
         (StartConfig, "router_start_samples", -1),

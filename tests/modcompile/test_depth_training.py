@@ -49,7 +49,7 @@ def test_what_is_trained_for_is_the_budget(task: RouterTask) -> None:
             "target_warmup_ratio": 0.0,
             "price_spread": 1.0,
         },
-        "loss": {"lm_weight": 1.0, "distill_weight": 0.0, "gate_temperature": 1.0},
+        "loss": {"lm_weight": 1.0, "distill_weight": 0.0, "gate_temperature": 1.0, "gate_gradient": "first_order"},
     }
 
 

@@ -77,7 +77,12 @@ def test_trains_adapters_to_predict_what_the_dense_model_does(base_folder: Path,
     weights = load_file("out/routers.safetensors")
     assert all(weights[f"adapters.{layer}.up.weight"].abs().max() > 0 for layer in range(3))
     training = read_report(Path("out"))["training"]
-    assert training["loss"] == {"lm_weight": 0.0, "distill_weight": 2.0, "gate_temperature": 1.0}
+    assert training["loss"] == {
+        "lm_weight": 0.0,
+        "distill_weight": 2.0,
+        "gate_temperature": 1.0,
+        "gate_gradient": "first_order",
+    }
     # They start from what least squares found, and not from the identity.
     main(["--model_name_or_path", str(base_folder), "--output_dir", "same", *data, *flags, "--learning_rate", "0"])
     fitted = load_file("same/routers.safetensors")
@@ -145,6 +150,21 @@ def test_soft_gates_end_hard_at_a_low_temperature(base_folder: Path, data: list[
         assert training["loss"]["gate_temperature"] == float(temperature)
     assert ratios["1"] == pytest.approx(1 / (1 + math.exp(-0.5)), abs=1e-4)
     assert ratios["0.1"] == pytest.approx(1 / (1 + math.exp(-5)), abs=1e-4)
+
+
+def test_gates_learn_to_the_second_order(base_folder: Path, data: list[str]) -> None:
+    """Started from a fit, so that some are closed."""
+    flags = ["--router_hidden_size", "0", "--router_start_samples", "4", "--target_active_ratio", "0.6"]
+    flags += ["--skip_adapter", "low_rank", "--budget_loss", "price", "--distill_weight", "1", "--lm_weight", "0"]
+    found = {}
+    for order in ("first_order", "second_order"):
+        given = [*data, *flags, "--gate_gradient", order]
+        main(["--model_name_or_path", str(base_folder), "--output_dir", order, *given])
+        assert read_report(Path(order))["training"]["loss"]["gate_gradient"] == order
+        found[order] = load_file(f"{order}/routers.safetensors")
+    one, other = found["first_order"], found["second_order"]
+    assert all(each.isfinite().all() for each in other.values())
+    assert any(not one[name].equal(other[name]) for name in one if name.startswith("routers"))
 
 
 def test_trains_adapters_alone_where_the_same_layers_are_closed_for_all_tokens(

@@ -60,10 +60,19 @@ def test_keeps_the_checkpoints_of_a_training_that_was_cut_short(
     assert (folder / "checkpoint-1").is_dir()
 
 
-def test_gates_that_are_not_hard_have_no_second_order(base_folder: Path, data: DataConfig, tmp_path: Path) -> None:
-    soft, loss = RouterConfig(gate="soft"), LossConfig(gate_gradient="second_order")
-    with pytest.raises(ConfigError, match="--gate is soft; make it straight_through, or leave --gate_gradient out"):
-        train_depth(str(base_folder), soft, BudgetConfig(), loss, StartConfig(), data, _arguments(tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("router", "start", "message"),
+    [
+        (RouterConfig(gate="soft"), StartConfig(), "--gate is soft; make it straight_through, or leave"),
+        (RouterConfig(skip_adapter="low_rank"), StartConfig(static_selection_samples=2), "is for gates that learn"),
+    ],
+)
+def test_gates_that_are_not_hard_or_do_not_learn_have_no_second_order(
+    base_folder: Path, data: DataConfig, tmp_path: Path, router: RouterConfig, start: StartConfig, message: str
+) -> None:
+    loss = LossConfig(gate_gradient="second_order")
+    with pytest.raises(ConfigError, match=message):
+        train_depth(str(base_folder), router, BudgetConfig(), loss, start, data, _arguments(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
