@@ -30,8 +30,8 @@ _TOKENS = 64  # whose logits are worked on at a time, as in `distillation`
 class GateCurvature:
     """Of all gates of a model with straight-through ones, in training, until it stops.
 
-    Meanwhile routers do not teach what lies in front of them: a hidden state is for what reads it to compute with, and
-    the larger gradients of the gates would else be nearly all that adapters learn from.
+    Meanwhile routers do not teach what lies in front of them: adapters learn from the loss alone, not from the larger
+    gradients of the gates as well. (It was not tried otherwise.)
     """
 
     def __init__(self, model: RoutedForCausalLM) -> None:

@@ -44,6 +44,7 @@ def main() -> None:
     results = Path(args.results_dir)
     how: dict[str, Any] = {
         "model": args.model,
+        "recipes": {recipe.folder: recipe.flags for recipe in recipes(_WORKS)},
         "steps": args.steps,
         "windows": args.windows,
         "window": _WINDOW,
