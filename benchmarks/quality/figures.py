@@ -19,15 +19,19 @@ class Point:
 
 DENSE = Point(1.0, 1.0)
 
+_BEYOND = 0.005
+"""Of the work: how far the last line is drawn on. Static selections of halves of blocks can't meet every share."""
+
 
 def perplexity_at(points: Sequence[Point], work: float) -> float | None:
     """Against dense, at a share of the work: on straight lines, in its logarithm, between the points and `DENSE`.
 
-    None below the least work that was measured: nothing is guessed there.
+    None below the least work that was measured, but for half a percentage point: nothing is guessed there.
     """
     ordered = sorted([*points, DENSE], key=lambda point: point.work)
     for lower, upper in pairwise(ordered):
-        if lower.work <= work <= upper.work:
+        least = lower.work - (_BEYOND if lower is ordered[0] else 0)
+        if least <= work <= upper.work:
             share = (work - lower.work) / (upper.work - lower.work) if upper.work > lower.work else 0.0
             logarithm = (1 - share) * math.log(lower.perplexity) + share * math.log(upper.perplexity)
             return math.exp(logarithm)

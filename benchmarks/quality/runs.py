@@ -13,7 +13,9 @@ from modcompile.artifacts import read_report
 from modcompile.corpus import builtin_documents
 from modcompile.durable_files import replace_file
 
-_PROSE = 64
+_TEXTS = 256
+"""That the model writes, of 256 tokens."""
+_PROSE = 128
 """Pieces of the built-in training split, beside what the model writes; a few hundred words each."""
 _PIECE = 1000
 
@@ -22,7 +24,7 @@ def training_texts(model: str, folder: Path) -> Path:
     """What the model writes by itself, and a third of built-in prose: a file for `--train_file`, made once."""
     path, own = folder / "train.jsonl", folder / "own.jsonl"
     if not own.is_file():
-        _run(f"modcompile.sample {shlex.quote(model)} --output_file {shlex.quote(str(own))}")
+        _run(f"modcompile.sample {shlex.quote(model)} --texts {_TEXTS} --output_file {shlex.quote(str(own))}")
     if not path.is_file():
         prose = "\n\n".join(builtin_documents("train"))
         starts = [index * (len(prose) - _PIECE) // _PROSE for index in range(_PROSE)]
