@@ -35,10 +35,11 @@ def tables(result: dict[str, Any], works: Sequence[float]) -> str:
         _table(["text", "", *(f"{work:g}" for work in works)], _rows(result, texts, works)),
         "What was executed on each text, where thresholds were calibrated on other text:",
         _table(["text", *(f"{work:g}" for work in result["targets"])], _work_rows(result, texts)),
-        "The original's recipe (soft gates, trained for 0.8, threshold 0.5):",
-        _table(["text", "work", "perplexity against dense"], _original_rows(result, texts)),
-        told_cost,
     ]
+    if original := _original_rows(result, texts):
+        parts.append("The original's recipe (soft gates, trained for 0.8, threshold 0.5):")
+        parts.append(_table(["text", "work", "perplexity against dense"], original))
+    parts.append(told_cost)
     return "\n\n".join(parts) + "\n"
 
 

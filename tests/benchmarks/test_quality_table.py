@@ -44,7 +44,9 @@ def _rows(text: str) -> list[list[str]]:
 
 
 def test_tells_all_ways_at_the_same_work(result: dict[str, Any]) -> None:
-    rows = _rows(tables(result, (0.9, 0.8, 0.5)))
+    text = tables(result, (0.9, 0.8, 0.5))
+    assert "The original's recipe" in text
+    rows = _rows(text)
     assert ["prose", ROUTED, "1.20 (1.10 to 1.30)", "1.45 (1.21 to 1.69)", "-"] in rows
     assert ["prose", STATIC, "1.21", "1.46", "-"] in rows
     assert ["prose", RANDOM, "3.00", "9.00", "-"] in rows
@@ -63,7 +65,9 @@ def test_tells_what_there_is_of_a_run_that_goes_on(result: dict[str, Any]) -> No
     del result["seeds"]["1"]
     for way in (RANDOM, STATIC, ORIGINAL):
         del result["seeds"]["0"]["points"][way]
-    rows = _rows(tables(result, (0.9,)))
+    text = tables(result, (0.9,))
+    assert "The original's recipe" not in text
+    rows = _rows(text)
     assert ["prose", ROUTED, "1.10"] in rows
     assert not any(STATIC in row or RANDOM in row or "loss, as a share of static's" in row for row in rows)
 
