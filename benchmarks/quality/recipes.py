@@ -10,7 +10,7 @@ NAMES = {ROUTED: "routed", STATIC: "static", ORIGINAL: "original"}
 _ORIGINAL_WORK = 0.8
 
 # Attention and MLP apart, with half of the rank that the same parameters would give to adapters of whole blocks: those,
-# after more steps (280), lost a fifth more nats on WikiText-2 at 0.8, and a third less at 0.95 (one run, beside three here).
+# after 280 steps, lost a fifth more nats on WikiText-2 at 0.8, and a third less at 0.95 (one run, beside three here).
 _SAME = (
     "--sequence_length 256 --granularity attn+mlp --router_hidden_size 0 --skip_adapter low_rank --adapter_rank 18 "
     "--lm_weight 0 --distill_weight 1 --learning_rate 2e-3 --lr_scheduler_type cosine --bf16"
