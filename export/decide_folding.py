@@ -13,6 +13,7 @@ from modcompile.export.break_even import BreakEven, measure_break_even
 from modcompile.export.exportable import Exportable, Foldable
 from modcompile.export.folding import Folding
 from modcompile.export.session import MODEL_FILE
+from modcompile.export.write_model import write_model
 from modcompile.layer_ranges import name_of
 from modcompile.modeling import RoutedForCausalLM
 
@@ -88,7 +89,7 @@ def decide_folding(foldable: Foldable, asked: Folding, build: Build, folder: Pat
         for name, folding in (("gated", constant), ("dense", open_folding)):
             files.append(Path(scratch) / name / MODEL_FILE)
             files[-1].parent.mkdir()
-            ir.save(build(foldable.fold(folding)), files[-1], external_data=f"{MODEL_FILE}.data")
+            write_model(build(foldable.fold(folding)), files[-1], f"{MODEL_FILE}.data")
         gated, dense = files
         measured = measure_break_even(gated, dense, [token for text in texts for token in text][:_PROMPT_TOKENS])
     work = {layers: sum(model.work[layer] for layer in layers) for layers in left}

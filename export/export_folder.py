@@ -33,6 +33,7 @@ from modcompile.export.unmasked_branch import wants_unmasked_branch
 from modcompile.export.verification import NOT_VERIFIED, Verification, versions
 from modcompile.export.verification_inputs import NUM_TEXTS
 from modcompile.export.verify_model import verify_model
+from modcompile.export.write_model import write_model
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target, staged_folder
 from modcompile.progress import quiet_transformers, show_elapsed
@@ -180,7 +181,7 @@ def export_folder(
             if model.foldable is not None:
                 onnx_model.metadata_props.update(work_metadata(model.foldable.model.work))
         with _timed("writing the ONNX model", seconds):
-            ir.save(onnx_model, staging / MODEL_FILE, external_data=_DATA_FILE)
+            write_model(onnx_model, staging / MODEL_FILE, _DATA_FILE)
             write_genai_config(staging, onnx_model, model.config, generation, tokenizer_of())
             del onnx_model
             for file in base_files(source):

@@ -21,13 +21,13 @@ GATED_LAYERS = (range(2), range(2, 3))
 MAX_POSITIONS = 128
 
 
-def tiny_base() -> PreTrainedModel:
+def tiny_base(num_hidden_layers: int = 3) -> PreTrainedModel:
     """The model without routers; every call makes the same weights."""
     set_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN_SIZE,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=300,
