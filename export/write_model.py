@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 _LARGEST_INSIDE = 2048
 """Bytes. ONNX Runtime infers shapes before it reads the file of weights, and refuses a `Split` whose sizes, of as many
-integers as there are gates, lie there: by onnx_ir's default of 256 bytes, those of more than 32 gates."""
+integers as there are gates, lie there: by onnx_ir's default of 256 bytes, those of more than 32 gates; here, of more
+than 256."""
 
 
 def write_model(model: ir.Model, path: Path, external_data: str) -> None:
