@@ -97,7 +97,7 @@ def depth_task(model: RoutedForCausalLM, budget: BudgetConfig, loss: LossConfig)
     task = RouterTask(model, model, objective, save, load, describe(model), routers, dense_logits=dense)
     if budget.price_spread != 1:
         prices = DrawnPrices(model, budget.price_spread)
-        task = replace(task, draw_prices=prices.draw, finish=(prices.stop,))
+        task = replace(task, set_prices=prices.set, finish=(prices.stop,))
     if loss.gate_gradient == "second_order":
         curvature = GateCurvature(model)
         task = replace(task, gate_correction=curvature.correction, finish=(*task.finish, curvature.stop))

@@ -24,12 +24,12 @@ class DrawnPrices:
         gates = {module for name, module in model.graph.named_modules() if name.rpartition(".")[2] == "gate"}
         self._hooks = [gate.register_forward_pre_hook(self._subtract) for gate in gates]
 
-    def draw(self, batch_size: int) -> torch.Tensor:
-        """Factors for the sequences of the next batch, `[B]`, in `[1 / spread, spread]`.
+    def set(self, places: torch.Tensor) -> torch.Tensor:
+        """Factors for the sequences of the next batch, `[B]`, from `1 / spread` at place 0 to `spread` at 1.
 
-        Their logarithms are evenly spaced, from a place drawn at random: every batch has high and low ones.
+        Their logarithms are as evenly spaced as `places [B]` are: every batch should have high and low ones
+        (`draw_places`).
         """
-        places = (torch.rand(()) + torch.arange(batch_size) / batch_size) % 1
         logarithms = ((2 * places - 1) * self._log_spread).to(self._device)
         self._shift = logarithms.view(-1, 1, 1)
         return logarithms.exp()

@@ -35,9 +35,9 @@ class RouterTask:
     """From an output of `evaluated` to the bits of every block, int64 `[B, T]`; None where they have no choice."""
     set_progress: Callable[[float], None] | None = None
     """Told, before every batch that is trained on, which share of the training is over; for what changes with it."""
-    draw_prices: Callable[[int], torch.Tensor] | None = None
-    """Told, before every batch that is trained on, how many sequences B it has, draws for each the factor on the price
-    of what it executes, `[B]`; None where all have the same."""
+    set_prices: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Told, before every batch that is trained on, a place in [0, 1) for each sequence, `[B]`, gives the factors
+    on the price of what they execute, `[B]`; None where all have the same."""
     gate_correction: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """What is added to the losses that are summed over tokens, for its gradient: of an output, the tokens `[B, T]` that
     predict, and what each sequence counts, `[B]` (`GateCurvature`)."""

@@ -31,13 +31,13 @@ def draw_sweep(sweep: Sweep) -> Figure:
     for speeds in others:
         _draw_speeds(sweep, speeds)
     for name, points in sweep.ways.items():
-        times = [(point.active_ratio, point.perplexity / sweep.dense.perplexity) for point in points]
+        times = [(point.block_work, point.perplexity / sweep.dense.perplexity) for point in points]
         finite = [pair for pair in times if math.isfinite(pair[1])]
         if name in _STYLES:
             finite.insert(0, (1.0, 1.0))
         axes.plot([share for share, _ in finite], [time for _, time in finite], _STYLES.get(name, "^"), label=name)
     axes.invert_xaxis()
-    axes.set_xlabel("share of (token, layer) pairs that are executed")
+    axes.set_xlabel("share of the work of all blocks that is done")
     _finish(axes)
     return figure
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from modcompile.distillation import divergences
+from modcompile.drawn_places import draw_places
 from modcompile.errors import ConfigError
 from modcompile.objective import LM_LOSS
 from modcompile.precision_usage import PrecisionUsage
@@ -28,8 +29,9 @@ class RouterTrainer(Trainer):
     """Trains the routers of a model on batches of `input_ids`, `attention_mask` and `labels`, `[B, T]`.
 
     The loss is that of the task's objective; what its budgets limit are means over routed layers and tokens that are
-    not padding. Accumulated batches, and those of several processes, give the gradient of one large batch, as long as
-    each is on the same side of a budget's target: a batch can't see the means of the others.
+    not padding. Batches of several processes give the gradient of one large batch. So do accumulated ones, as long as
+    each is on the same side of a budget's target, and a budget is not squared: a batch can't see the means of those
+    after it, and is charged for its own.
 
     `choices` are those of the routers of precisions in the last evaluation, if the task has some.
     """
@@ -79,9 +81,9 @@ class RouterTrainer(Trainer):
             self._task.set_progress(self._progress)
         is_predicted = _is_predicted(inputs["labels"])
         shares = of_sequences = None
-        if model.training and self._task.draw_prices is not None:
+        if model.training and self._task.set_prices is not None:
             # Losses count by the inverse of the price, or those at a high one would be nearly all (`DrawnPrices`).
-            of_sequences = 1 / self._task.draw_prices(len(is_predicted))
+            of_sequences = 1 / self._task.set_prices(draw_places(self.accelerator, len(is_predicted)))
             shares = of_sequences.unsqueeze(1).expand_as(is_predicted)[is_predicted]
         called = model if model.training else self._task.evaluated
         given = dict(inputs)
@@ -109,9 +111,12 @@ class RouterTrainer(Trainer):
             correction = self._task.gate_correction(output, pad(is_predicted, (0, 1)), counted)
             total = total + sum(self._task.objective.weights.values()) * correction
         charged = torch.zeros_like(total)
+        # In training, budgets limit what all processes spend on this batch together.
+        of_all = self._summed(tokens) if model.training else tokens
         for budget in self._task.objective.budgets:
             spent = budget.spent(output)
-            penalty = budget.penalty(spent / tokens, self._progress if model.training else 1.0)
+            means = (self._summed(spent.detach()) + spent - spent.detach() if model.training else spent) / of_all
+            penalty = budget.penalty(means, self._progress if model.training else 1.0)
             charged = charged + budget.weight * penalty
             summed |= {budget.name: spent, budget.penalty_name: penalty * tokens}
         totals = self._training if model.training else self._evaluation
@@ -119,9 +124,10 @@ class RouterTrainer(Trainer):
         if not model.training and self._task.chosen_bits is not None:
             self.choices.update(self._task.chosen_bits(output), output.tokens)
         if model.training and num_items_in_batch is not None:
-            share = tokens / self._tokens_of_update
-            # Gradients are averaged over processes, and are to be added up.
-            loss = (total / num_items_in_batch + charged * share) * self.args.world_size
+            # Gradients are averaged over processes, and are to be added up; so are losses, but all charge the same.
+            processes = self.args.world_size
+            once = charged - charged.detach() * (1 - 1 / processes)
+            loss = (total / num_items_in_batch + once * of_all / self._tokens_of_update) * processes
         else:
             loss = total / predicted + charged
         return (loss, output) if return_outputs else loss

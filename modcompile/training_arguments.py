@@ -71,6 +71,10 @@ class RouterTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = None
         # Without an accelerator the CPU is what is meant; the HF arguments would refuse --bf16 on it.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.ddp_find_unused_parameters is None:
+            # Every parameter is used. Looking for others hands out copies of what a model returns, whose logits do not
+            # depend on its gates: `--gate_gradient second_order` needs them to.
+            self.ddp_find_unused_parameters = False
         self._given_output = self.output_dir
         super().__post_init__()
 

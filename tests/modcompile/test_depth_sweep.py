@@ -60,5 +60,5 @@ def test_draws_every_way_from_the_dense_model_on() -> None:
     assert list(drawn) == list(sweep.ways)
     for name, points in sweep.ways.items():
         expected = [[1.0, 1.0]]
-        expected += [[point.active_ratio, point.perplexity / sweep.dense.perplexity] for point in points]
+        expected += [[point.block_work, point.perplexity / sweep.dense.perplexity] for point in points]
         assert np.allclose(drawn[name], expected)

@@ -7,6 +7,7 @@ import torch
 from modcompile.artifacts import read_router_config
 from modcompile.config import RouterConfig
 from modcompile.errors import ConfigError, DataError
+from modcompile.granularity import Granularity
 from modcompile.proposed_layers import propose_layers, with_proposed_layers
 from modcompile.rewriting import write_rewritten
 from tests.tiny_routed import tiny_base
@@ -25,13 +26,26 @@ def test_leaves_out_a_layer_that_every_token_needs() -> None:
     assert propose_layers(base, make_tokenizer(), [1, 2]) == [2]
 
 
-def test_the_folder_names_the_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("granularity", "layers"), [("attn", [0, 1]), ("mlp", [0, 2]), ("attn+mlp", [0, 1, 2])])
+def test_looks_at_what_has_gates(granularity: Granularity, layers: list[int]) -> None:
+    """Every token needs the MLP of layer 1 and the attention of layer 2."""
+    base = tiny_base()
+    with torch.no_grad():
+        for index, layer in enumerate(base.model.layers):
+            layer.self_attn.o_proj.weight.mul_(1.0 if index == 2 else 0.001)
+            layer.mlp.down_proj.weight.mul_(1.0 if index == 1 else 0.001)
+    assert propose_layers(base, make_tokenizer(), [0, 1, 2], granularity) == layers
+
+
+def test_the_folder_names_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RouterConfig(router_layers="auto", router_start=1, router_hidden_size=0)
     model = write_rewritten(tiny_base(), make_tokenizer(), config, tmp_path / "routed", overwrite=False)
     stored = read_router_config(tmp_path / "routed")
     assert stored == replace(config, router_layers=stored.router_layers)
     assert stored.routed_layers(3) == list(model.routed_layers)
     assert set(model.routed_layers) <= {1, 2}
+    told = f"--router_layers auto is {stored.router_layers}, {len(model.routed_layers)} of 2 layers"
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_a_list_stays_a_list_and_needs_no_text(tmp_path: Path) -> None:

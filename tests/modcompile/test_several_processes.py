@@ -32,17 +32,24 @@ def _train_in_two_processes(argv: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("start", ["base", "fitted", "routed"])
+_OTHER_FLAGS = {
+    "base": (),
+    "fitted": ("--router_hidden_size", "0", "--router_start_samples", "2"),
+    "routed": (),
+    "priced": ("--budget_loss", "price", "--price_spread", "3", "--lm_weight", "0"),
+    "squared": ("--budget_loss", "squared", "--target_active_ratio", "0.9"),
+}
+
+
+@pytest.mark.parametrize("start", _OTHER_FLAGS)
 def test_two_processes_train_what_one_does(
     base_folder: Path, routed_folder: Path, train_file: Path, tmp_path: Path, start: str
 ) -> None:
     """Each has half of every batch; rows differ in length."""
     model = routed_folder if start == "routed" else base_folder
-    flags = list(_FLAGS)
+    flags = [*_FLAGS, *_OTHER_FLAGS[start]]
     if start == "routed":
         flags = [flag for flag in flags if flag not in ("--skip_adapter", "low_rank", "--gate", "soft")]
-    if start == "fitted":
-        flags += ["--router_hidden_size", "0", "--router_start_samples", "2"]
     argv = ["--model_name_or_path", str(model), "--train_file", str(train_file), *flags]
     one, two = tmp_path / "one", tmp_path / "two"
     main([*argv, "--output_dir", str(one), "--per_device_train_batch_size", "4"])
@@ -61,3 +68,25 @@ def test_two_processes_train_what_one_does(
             assert (name in line) == (name in other)
             if name in line:
                 assert other[name] == pytest.approx(line[name], rel=1e-3)
+
+
+def test_two_processes_learn_to_the_second_order(routed_folder: Path, train_file: Path, tmp_path: Path) -> None:
+    """Labels are drawn in each, so no more can be asked than that it is another training than that of first order."""
+    trained = []
+    for order in ("first_order", "second_order"):
+        output = tmp_path / order
+        argv = [
+            "--model_name_or_path",
+            str(routed_folder),
+            "--train_file",
+            str(train_file),
+            "--output_dir",
+            str(output),
+        ]
+        argv += ["--sequence_length", "16", "--max_train_steps", "1", "--learning_rate", "0.05", "--use_cpu"]
+        argv += ["--per_device_train_batch_size", "2", "--gate_gradient", order]
+        _train_in_two_processes(argv)
+        trained.append(load_file(output / "routers.safetensors"))
+    first, second = trained
+    assert all(values.isfinite().all() for values in second.values())
+    assert any(not torch.equal(first[name], second[name]) for name in first)
