@@ -5,7 +5,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import base_files, has_trained_routers, update_report
-from modcompile.calibrated_thresholds import threshold_for
+from modcompile.calibrated_thresholds import THRESHOLDS, read_thresholds, threshold_for, write_thresholds
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
@@ -174,7 +174,13 @@ def export_folder(
                     folding = decide_folding(model.foldable, asked, build, staging)
             elif asked != UNFOLDED:
                 folding = DecidedFolding(gates, asked)
-            model = model.foldable.fold(folding.folding if folding else UNFOLDED)
+            decided = folding.folding if folding else UNFOLDED
+            if (source / THRESHOLDS).is_file():
+                calibrated = read_thresholds(source)
+                kept = [tuple(decided.kept(each.thresholds, gates)) for each in calibrated]
+                of_kept = [replace(each, thresholds=mine) for each, mine in zip(calibrated, kept, strict=True)]
+                write_thresholds(of_kept, staging)
+            model = model.foldable.fold(decided)
         with _timed("lowering to ONNX", seconds):
             onnx_model = build(model)
             onnx_model.metadata_props.update(folding.folding.metadata() if folding else {})

@@ -1,4 +1,7 @@
-"""thresholds.json in a routed folder: for which budget which thresholds, as `modcompile.calibrate` found them."""
+"""thresholds.json in a routed folder: for which budget which thresholds, as `modcompile.calibrate` found them.
+
+In an exported folder, it has those of the gates that are left.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +29,7 @@ class CalibratedThresholds:
     thresholds: tuple[float, ...]
     """One a gate."""
     active_ratio: float
-    """Measured with them, on the calibration text."""
+    """Measured with them, on the calibration text, with all gates."""
     scope: ThresholdScope
 
 
@@ -118,6 +121,6 @@ def threshold_for(folder: Path, hard_threshold: float | str) -> float | list[flo
             return list(each.thresholds)
     known = " ".join(f"{each.target_active_ratio:g}" for each in found)
     raise ConfigError(
-        f"{folder / THRESHOLDS} has thresholds for {known}, none for {budget}; run python -m modcompile.calibrate "
-        f"{folder} --target_active_ratio {known} {budget}"
+        f"{folder / THRESHOLDS} has thresholds for {known}, none for {budget}; give modcompile.calibrate "
+        f"--target_active_ratio {known} {budget}"
     )

@@ -21,7 +21,7 @@ from modcompile.cli import run
 from modcompile.config import check, check_choice
 from modcompile.errors import ConfigError
 from modcompile.flags import parse_flags
-from modcompile.generate_onnx import find_onnx_folder, load_onnx
+from modcompile.generate_onnx import exported_threshold, find_onnx_folder, load_onnx
 from modcompile.generate_torch import load_quantized, load_routed
 from modcompile.precision_folder import holds_precisions
 from modcompile.prompts import check_fits, encode_prompt
@@ -51,8 +51,8 @@ class GenerateConfig:
         metadata={
             "parse": parse_threshold,
             "help": "A block is executed where a gate is above this. By default 0.5 in torch, and in onnx what the "
-            "artifact was exported with. In torch, auto: what modcompile.calibrate found first; auto:0.8: for a "
-            "budget.",
+            "artifact was exported with. auto: what modcompile.calibrate found first; auto:0.8: for a budget; in onnx "
+            "those found before the export, of the gates that it kept.",
         },
     )
     fix_precision: int | None = field(
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _loader(folder: Path, config: GenerateConfig) -> Callable[[], TextGenerator]:
     """What loads the folder, once it is known to be one for the flags."""
     if config.runtime == "onnx":
-        return partial(load_onnx, folder, _number(folder, config), config.num_threads)
+        return partial(load_onnx, folder, exported_threshold(folder, config.hard_threshold), config.num_threads)
     if holds_precisions(folder):
         if config.hard_threshold is not None and not is_routed_folder(folder):
             raise ConfigError(f"--hard_threshold needs depth gates, which {folder} has not; leave it out")

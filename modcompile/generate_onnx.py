@@ -1,10 +1,12 @@
 """Continue a prompt in ONNX Runtime, by what `modcompile.export` made."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
+from modcompile.calibrated_thresholds import THRESHOLDS, threshold_for
 from modcompile.errors import ArtifactError, ConfigError
 from modcompile.progress import show_elapsed
 from modcompile.text_generator import TextGenerator
@@ -29,8 +31,25 @@ def find_onnx_folder(folder: Path) -> Path:
     )
 
 
-def load_onnx(folder: Path, hard_threshold: float | None, num_threads: int | None) -> TextGenerator:
-    """Of an exported folder, at a threshold, by default that of its export; with a thread for every core by default.
+def exported_threshold(folder: Path, hard_threshold: float | str | None) -> float | list[float] | None:
+    """What `load_onnx` takes for a value of --hard_threshold; `auto` are the thresholds of the gates that are left.
+
+    Raises:
+        ArtifactError: the file of calibrated thresholds is damaged.
+        ConfigError: the folder has none, or none for that budget.
+    """
+    if isinstance(hard_threshold, str) and not (folder / THRESHOLDS).is_file():
+        raise ConfigError(
+            f"{folder} was exported without calibrated thresholds; run modcompile.calibrate on the routed folder, "
+            "and modcompile.export again, or give a number"
+        )
+    return None if hard_threshold is None else threshold_for(folder, hard_threshold)
+
+
+def load_onnx(folder: Path, hard_threshold: float | Sequence[float] | None, num_threads: int | None) -> TextGenerator:
+    """Of an exported folder, at a threshold or one a gate, by default those of its export.
+
+    Without `num_threads`, with a thread for every core.
 
     Raises:
         ArtifactError: ONNX Runtime can't load it.

@@ -37,7 +37,7 @@ def test_auto_is_the_first_budget_or_the_one_named(tmp_path: Path, hard_threshol
 
 def test_names_the_budgets_that_there_are(tmp_path: Path) -> None:
     write_thresholds(FOUND, tmp_path)
-    with pytest.raises(ConfigError, match=r"has thresholds for 0\.9 0\.8, none for 0\.7; run python -m "):
+    with pytest.raises(ConfigError, match=r"has thresholds for 0\.9 0\.8, none for 0\.7; give modcompile.calibrate "):
         threshold_for(tmp_path, "auto:0.7")
 
 

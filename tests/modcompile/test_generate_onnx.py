@@ -5,8 +5,11 @@ import onnx_ir as ir
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from modcompile.errors import ArtifactError
+from modcompile.calibrated_thresholds import CalibratedThresholds, read_thresholds, write_thresholds
+from modcompile.errors import ArtifactError, ConfigError
 from modcompile.export.build_model import build_model
+from modcompile.export.export_config import ExportConfig
+from modcompile.export.export_folder import export_folder
 from modcompile.export.session import MODEL_FILE
 from modcompile.generate import main
 from modcompile.generate_onnx import find_onnx_folder
@@ -49,3 +52,35 @@ def test_without_an_export_it_says_how_to_make_one(folder: Path, tmp_path: Path)
 
 def test_an_exported_folder_is_found_in_its_source_or_by_itself(folder: Path) -> None:
     assert find_onnx_folder(folder) == find_onnx_folder(folder / "onnx") == folder / "onnx"
+
+
+def test_auto_takes_the_thresholds_of_the_gates_that_are_left(
+    routed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of gates of layers 0 and 2, the second is folded, so in torch it gets a threshold at which it is open."""
+    folder = Path(shutil.copytree(routed_folder, tmp_path / "routed"))
+    found = [CalibratedThresholds(budget, (first, 0.0), 0.0, "per_layer") for budget, first in ((0.8, 0.5), (0.5, 2.0))]
+    write_thresholds(found, folder)
+    export_folder(
+        folder, folder / "onnx", ExportConfig(always_active="2", fold_gates="none", verify="none", emit_routing=True)
+    )
+    assert [each.thresholds for each in read_thresholds(folder / "onnx")] == [(0.5,), (2.0,)]
+    told = []
+    for threshold in ("auto", "auto:0.5"):
+        printed = []
+        for runtime in ("torch", "onnx"):
+            argv = [str(folder), "--prompt", "Names refer to", "--max_new_tokens", "12", "--runtime", runtime]
+            main([*argv, "--hard_threshold", threshold])
+            printed.append(capsys.readouterr())
+        assert printed[1].out == printed[0].out
+        told.append([each.err.partition("active ratio ")[2].split()[0].rstrip(",") for each in printed])
+    (first, again), (second, twice) = told
+    assert first == again != second == twice
+    with pytest.raises(ConfigError, match=r"has thresholds for 0\.8 0\.5, none for 0\.7; give modcompile\.calibrate "):
+        main([str(folder), "--prompt", "Names", "--runtime", "onnx", "--hard_threshold", "auto:0.7"])
+
+
+def test_auto_needs_thresholds_from_before_the_export(onnx_folder: Path) -> None:
+    message = r"onnx was exported without calibrated thresholds; run modcompile\.calibrate on the routed folder, and"
+    with pytest.raises(ConfigError, match=message):
+        main([str(onnx_folder), "--prompt", "Names", "--runtime", "onnx", "--hard_threshold", "auto"])
