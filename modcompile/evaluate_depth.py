@@ -25,11 +25,11 @@ from modcompile.progress import show_elapsed
 from modcompile.required_tokenizer import required_tokenizer
 from modcompile.route_map import find_routes, plot_routes
 from modcompile.sweep_plot import plot_sweep
-from modcompile.sweep_speed import SweepSpeed
+from modcompile.sweep_speed import TEXT_TOKENS, SweepSpeed
 from modcompile.sweep_table import sweep_table
 
 _WIDTH = 100
-_PROMPT_TOKENS = 32
+_DECODED_TEXTS = 2
 SWEEP_PLOT, ROUTES_PLOT = "sweep.png", "routes.png"
 
 
@@ -71,7 +71,8 @@ class DepthEvaluationConfig:
         default=False,
         metadata={
             "help": "In a sweep, also measure how many tokens a second DIR/onnx decodes at each point of the routers "
-            "and of the best gates to close. It must have all gates (modcompile.export --fold_gates none)."
+            "and of the best gates to close, and with all gates open (an export without gates is faster than that). It "
+            "must have all gates (modcompile.export --fold_gates none)."
         },
     )
     static_candidates: int = field(
@@ -126,8 +127,7 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
     print(_table(evaluation, config, router, text))
     if config.route_map_tokens:
-        first = blocks[0]
-        ids = first["input_ids"][: min(sum(first["attention_mask"]), config.route_map_tokens)]
+        ids = _tokens(blocks[0], config.route_map_tokens)
         plot_routes(find_routes(model, required_tokenizer(folder), ids, thresholds), folder / ROUTES_PLOT)
         print(f"routes of {len(ids)} tokens plotted in {folder / ROUTES_PLOT}")
     swept: dict[str, Any] = {}
@@ -145,9 +145,9 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         )
         if speed is not None:
             with show_elapsed("measuring speeds"):
-                prompt = blocks[0]["input_ids"][:_PROMPT_TOKENS]
+                texts = [_tokens(blocks[row], TEXT_TOKENS) for row in range(min(_DECODED_TEXTS, blocks.num_rows))]
                 dense = [[0.0] * len(model.gated_layers)]
-                sweep = replace(sweep, speeds=speed.measure({DENSE: dense, **sweep.thresholds}, prompt))
+                sweep = replace(sweep, speeds=speed.measure({DENSE: dense, **sweep.thresholds}, texts))
     if config.beside:
         others = measure_beside(config.beside, model, blocks, batch_size=config.batch_size)
         sweep = replace(sweep, ways=sweep.ways | {name: [measured] for name, measured in others.items()})
@@ -163,6 +163,11 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         "hard_threshold": thresholds,
         **{mode: _as_json(measured) for mode, measured in evaluation.modes.items()},
     }
+
+
+def _tokens(row: dict[str, Any], most: int) -> list[int]:
+    """The first of a row, padding left out."""
+    return list(row["input_ids"][: min(sum(row["attention_mask"]), most)])
 
 
 def _as_json(measured: Measurement) -> dict[str, Any]:

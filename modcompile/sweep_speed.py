@@ -1,16 +1,17 @@
 """How fast an exported folder decodes at the points of a sweep."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from modcompile.errors import ArtifactError, ConfigError
+from modcompile.errors import ArtifactError, ConfigError, DataError
 
 _ROUNDS = 3
-_STEPS, _UNTIMED = 24, 3
+_PROMPT, _UNTIMED, _STEPS = 32, 3, 24
+TEXT_TOKENS = _PROMPT + _UNTIMED + _STEPS
+"""Of a text of which all steps can be measured."""
 
 
 class SweepSpeed:
@@ -39,32 +40,39 @@ class SweepSpeed:
             )
 
     def measure(
-        self, thresholds: Mapping[str, Sequence[Sequence[float]]], prompt: Sequence[int]
+        self, thresholds: Mapping[str, Sequence[Sequence[float]]], texts: Sequence[Sequence[int]]
     ) -> dict[str, list[float]]:
-        """Tokens a second of one row after a prompt, at the thresholds of each point of each way, by its name.
+        """Tokens a second of one row, at the thresholds of each point of each way, by its name.
 
-        The points take turns; what is told is the median step of each.
+        What is decoded are the texts themselves, as a model skips more in what it repeats. The points take turns. As
+        steps differ in what they skip, the mean of all counts, each by its median of the rounds.
 
         Raises:
             ArtifactError: ONNX Runtime stops in the middle of the model.
+            DataError: no text is long enough to decode some of it.
         """
-        times: dict[str, list[list[float]]] = {way: [[] for _ in points] for way, points in thresholds.items()}
+        long = [text for text in texts if len(text) > 2 * _UNTIMED]
+        if not long:
+            raise DataError(f"--sweep_speed decodes a text, and none has more than {2 * _UNTIMED} tokens; give more")
+        times: dict[str, list[list[list[float]]]] = {way: [[] for _ in points] for way, points in thresholds.items()}
         for _ in range(_ROUNDS):
             for way, points in thresholds.items():
-                for taken, point in zip(times[way], points, strict=True):
-                    taken += self._seconds(point, prompt)
-        return {way: [1 / statistics.median(taken) for taken in points] for way, points in times.items()}
+                for rounds, point in zip(times[way], points, strict=True):
+                    rounds.append([step for text in long for step in self._seconds(point, text)])
+        return {way: [1 / float(np.median(rounds, 0).mean()) for rounds in points] for way, points in times.items()}
 
-    def _seconds(self, thresholds: Sequence[float], prompt: Sequence[int]) -> list[float]:
+    def _seconds(self, thresholds: Sequence[float], text: Sequence[int]) -> list[float]:
         # Only here, as above.
         from modcompile.export.decoder import Decoder
 
         self._session.thresholds = list(thresholds)
-        decoder = Decoder(self._session, 1, len(prompt) + _UNTIMED + _STEPS)
-        logits, _ = decoder.step(np.array([prompt]))
+        taken = text[:TEXT_TOKENS]
+        prompt = min(_PROMPT, len(text) // 2)
+        decoder = Decoder(self._session, 1, len(taken))
+        decoder.step(np.array([taken[:prompt]]))
         seconds = []
-        for _ in range(_UNTIMED + _STEPS):
+        for token in taken[prompt:]:
             start = perf_counter()
-            logits, _ = decoder.step(logits[:, -1:].argmax(-1))
+            decoder.step(np.array([[token]]))
             seconds.append(perf_counter() - start)
         return seconds[_UNTIMED:]

@@ -2,15 +2,18 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from modcompile.depth_sweep import Sweep
-from modcompile.errors import ArtifactError, ConfigError
+from modcompile.errors import ArtifactError, ConfigError, DataError
 from modcompile.evaluate import main
+from modcompile.export.decoder import Decoder
 from modcompile.export.session import MODEL_FILE
+from modcompile.export.step_binding import Array
 from modcompile.perplexity import Measurement
 from modcompile.sweep_plot import draw_sweep
 from modcompile.sweep_speed import SweepSpeed
@@ -25,9 +28,34 @@ def exported(onnx_folder: Path, tmp_path: Path) -> Path:
 
 def test_measures_each_point_of_each_way(exported: Path) -> None:
     speed = SweepSpeed(exported, 2)
-    found = speed.measure({"dense": [[0.0, 0.0]], "router": [[0.5, 0.5], [2.0, 2.0]], "none": []}, [5, 6, 7])
+    found = speed.measure({"dense": [[0.0, 0.0]], "router": [[0.5, 0.5], [2.0, 2.0]], "none": []}, [range(5, 25)])
     assert {way: len(speeds) for way, speeds in found.items()} == {"dense": 1, "router": 2, "none": 0}
     assert all(0 < each < math.inf for speeds in found.values() for each in speeds)
+
+
+def test_decodes_the_texts_at_the_thresholds_of_each_point(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a short text is the prompt, 32 tokens of a long one; too short a text is left out."""
+    speed, seen = SweepSpeed(exported, 2), []
+
+    def step(decoder: Decoder, input_ids: Array, *args: Any) -> Any:
+        seen.append((list(decoder._session.thresholds or ()), input_ids[0].tolist()))
+        return taken(decoder, input_ids, *args)
+
+    taken = Decoder.step
+    monkeypatch.setattr(Decoder, "step", step)
+    texts = [list(range(5, 17)), [7] * 6, list(range(3, 100))]
+    speed.measure({"router": [[0.5, 0.0], [2.0, 2.0]]}, texts)
+    short, long = (
+        [texts[0][:6], *([token] for token in texts[0][6:])],
+        [texts[2][:32], *([t] for t in texts[2][32:59])],
+    )
+    one_round = [(point, ids) for point in ([0.5, 0.0], [2.0, 2.0]) for ids in (*short, *long)]
+    assert seen == one_round * 3
+
+
+def test_needs_a_text_to_decode(exported: Path) -> None:
+    with pytest.raises(DataError, match=r"^--sweep_speed decodes a text, and none has more than 6 tokens; give more$"):
+        SweepSpeed(exported, 2).measure({"dense": [[0.0, 0.0]]}, [[5, 6, 7, 8, 9, 10]])
 
 
 def test_needs_an_artifact(routed_folder: Path) -> None:
