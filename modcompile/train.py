@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import distributed
+
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data_config import DataConfig
@@ -75,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{given} is not quantized, so there is no precision to choose; give --precisions to quantize it"
             )
         output = train_depth(given, router, budget, loss, start, data, training)
-    print(f"wrote {output}")
+    if training.process_index == 0:
+        print(f"wrote {output}")
+    if distributed.is_initialized():
+        # Or its threads, which outlive the interpreter, can abort a process at its end.
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

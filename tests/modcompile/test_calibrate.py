@@ -48,14 +48,12 @@ def test_one_training_serves_a_range_of_budgets(folder: Path, capsys: pytest.Cap
         assert onnx.numpy_helper.to_array(stored).tolist() == pytest.approx(each.thresholds)
 
 
-def test_generates_at_a_budget(folder: Path, onnx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generates_at_a_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(folder), "--target_active_ratio", "0", "1", *_TEXT])
     for budget, ratio in (("auto", "0.000"), ("auto:1", "1.000")):
         flags = ["--prompt", "the model", "--max_new_tokens", "3", "--hard_threshold", budget]
         generate.main([str(folder), *flags])
         assert f"active ratio {ratio}" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"^--hard_threshold auto is for routed folders in torch"):
-        generate.main([str(onnx_folder), "--prompt", "x", "--hard_threshold", "auto", "--runtime", "onnx"])
 
 
 def test_calibrates_on_a_text_of_ones_own(folder: Path, tmp_path: Path) -> None:
