@@ -11,6 +11,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args
+
+from datasets import Dataset
 
 from modcompile.artifacts import load_with_routers, read_router_config, update_report
 from modcompile.calibrated_thresholds import CalibratedThresholds, ThresholdScope, write_thresholds
@@ -25,8 +28,10 @@ from modcompile.evaluation_text import (
     load_evaluation_blocks,
 )
 from modcompile.flags import parse_flags
+from modcompile.modeling import RoutedForCausalLM
 from modcompile.progress import show_elapsed
 from modcompile.reused_memory import reuse_freed_memory
+from modcompile.threshold_search import search_thresholds
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class CalibrationConfig:
         default="global",
         metadata={
             "help": "global: one threshold for all gates, so that tokens are skipped where routers think that they "
-            "matter least. per_layer: each gate executes the same share of tokens."
+            "matter least. per_layer: each gate executes the same share of tokens. searched: from global on, each "
+            "gate's own, moved to where skipping more costs all of them the same, as measured: minutes a budget."
         },
     )
     text_file: str | None = field(
@@ -56,7 +62,13 @@ class CalibrationConfig:
         default=512, metadata={"help": "Tokens in a sequence; at most the positions of the model."}
     )
     max_samples: int = field(default=16, metadata={"help": "At most this many sequences, drawn at random."})
+    search_samples: int = field(
+        default=6, metadata={"help": "Sequences whose loss is measured for --threshold_scope searched."}
+    )
     batch_size: int = field(default=4, metadata={"help": "Sequences in a call of the model."})
+    bf16: bool = field(
+        default=False, metadata={"help": "Search with products in bfloat16: faster on GPUs, and on CPUs that have AMX."}
+    )
     seed: int = field(default=42, metadata={"help": "The seed of what is drawn at random."})
 
     def __post_init__(self) -> None:
@@ -64,9 +76,10 @@ class CalibrationConfig:
             check("target_active_ratio", target, at_least=0, at_most=1)
         if len(set(self.target_active_ratio)) < len(self.target_active_ratio):
             raise ConfigError("--target_active_ratio names a budget twice; name each once")
-        check_choice("threshold_scope", self.threshold_scope, ("global", "per_layer"))
+        check_choice("threshold_scope", self.threshold_scope, get_args(ThresholdScope))
         check("sequence_length", self.sequence_length, at_least=2)
         check("max_samples", self.max_samples, at_least=1)
+        check("search_samples", self.search_samples, at_least=1)
         check("batch_size", self.batch_size, at_least=1)
 
 
@@ -92,15 +105,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = []
     for target in config.target_active_ratio:
         with show_elapsed(f"calibrating for {target:g}"):
-            found.append(
-                calibrate_thresholds(model, blocks, target, config.threshold_scope, batch_size=config.batch_size)
-            )
+            found.append(_calibrated(model, blocks, target, config))
     write_thresholds(found, folder)
     source = config.text_file or "the built-in validation split"
     tokens = sum(map(sum, blocks["attention_mask"]))
     report = {"text": source, "tokens": tokens, "calibrated": [asdict(each) for each in found]}
     update_report(folder, "calibration", report)
     print(_table(found, f"{tokens:,} tokens of {source}"))
+
+
+def _calibrated(
+    model: RoutedForCausalLM, blocks: Dataset, target: float, config: CalibrationConfig
+) -> CalibratedThresholds:
+    if config.threshold_scope == "searched":
+        rows = config.search_samples
+        return search_thresholds(model, blocks, target, most_rows=rows, batch_size=config.batch_size, bf16=config.bf16)
+    return calibrate_thresholds(model, blocks, target, config.threshold_scope, batch_size=config.batch_size)
 
 
 def _table(found: Sequence[CalibratedThresholds], text: str) -> str:

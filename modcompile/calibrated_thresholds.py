@@ -18,7 +18,7 @@ AUTO = "auto"
 FORMAT_VERSION = 1
 _AGAIN = "run modcompile.calibrate again"
 
-ThresholdScope = Literal["global", "per_layer"]
+ThresholdScope = Literal["global", "per_layer", "searched"]
 
 
 @dataclass(frozen=True)

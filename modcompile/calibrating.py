@@ -34,11 +34,13 @@ def calibrate_thresholds(
     scope: ThresholdScope,
     *,
     batch_size: int = 4,
+    shifts: torch.Tensor | None = None,
 ) -> CalibratedThresholds:
     """Thresholds with which `target` of the (token, routed layer) pairs of `blocks` are executed; the nearest found.
 
     `global`: one threshold for all gates, so that a token skips what is thought to matter least. `per_layer`: each gate
-    executes the same share of tokens. The router mode of the model and its usage are then as they were.
+    executes the same share of tokens. `searched`: those of all gates are as far from each other, in logits, as `shifts
+    [gates]` (`search_thresholds` finds them). The router mode of the model and its usage are then as they were.
 
     Raises:
         ConfigError: `target` is outside of [0, 1], or `batch_size` is below 1.
@@ -50,6 +52,7 @@ def calibrate_thresholds(
     gates = len(model.gated_layers)
     work = [sum(model.work[layer] for layer in layers) for layers in model.gated_layers]
     sizes = torch.tensor(work, dtype=torch.float64)
+    moved = torch.zeros(gates, dtype=torch.float64) if shifts is None else shifts.double()
     nearest = None
     logits = torch.zeros(gates, dtype=torch.float64)
     with restored_routing(model), eval_mode(model):
@@ -61,7 +64,7 @@ def calibrate_thresholds(
                 nearest = found
             if abs(nearest.active_ratio - target) <= TOLERANCE:
                 break
-            wanted = _quantiles(said, sizes, target, scope)
+            wanted = moved + _quantiles(said - moved.unsqueeze(1), sizes, target, scope)
             # Where decisions depend much on those before, whole steps go back and forth around what is looked for.
             logits = wanted if number < _DAMPED_AFTER else (logits + wanted) / 2
     assert nearest is not None

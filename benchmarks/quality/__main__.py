@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.measuring import RANDOM, measured
+from benchmarks.quality.measuring import RANDOM, SEARCHED, measured, searched
 from benchmarks.quality.plot import plot
 from benchmarks.quality.recipes import NAMES, ROUTED, recipes
-from benchmarks.quality.runs import trainable_share, trained, training_texts
+from benchmarks.quality.runs import mixed_text, trainable_share, trained, training_texts
 from benchmarks.quality.seeds import kept_seeds
 from benchmarks.quality.table import tables
 from benchmarks.quality.texts import digest, digests, named_text, standard_texts, windows
@@ -27,6 +27,7 @@ from modcompile.reused_memory import reuse_freed_memory
 _WORKS = (0.95, 0.9, 0.8, 0.7)
 _TARGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 _WINDOW = 512
+_SEARCHED_WINDOWS = 6
 _FILE = "quality.json"
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     texts = {name: windows(text, tokenizer, _WINDOW, args.windows) for name, text in given.items()}
     calibration = windows("\n\n".join(builtin_documents("validation")), tokenizer, _WINDOW, args.windows)
     file = training_texts(args.model, folder)
+    search = windows(mixed_text(file), tokenizer, _WINDOW, _SEARCHED_WINDOWS)
     results = Path(args.results_dir)
     how: dict[str, Any] = {
         "model": args.model,
@@ -51,16 +53,20 @@ def main() -> None:
         "targets": list(_TARGETS),
         "texts": digests(texts),
         "calibration": digest(calibration),
+        "search": digest(search),
     }
     chosen = [recipe for recipe in recipes(_WORKS) if NAMES[recipe.way] in args.ways]
     found_anew = {recipe.way for recipe in chosen}
-    found_anew |= {RANDOM} if ROUTED in found_anew else set()
+    found_anew |= {SEARCHED, RANDOM} if ROUTED in found_anew else set()
     seeds = kept_seeds(results / _FILE, how, args.seeds, found_anew)
     result = how | {"seeds": dict(sorted(seeds.items(), key=lambda item: int(item[0])))}
     for seed, recipe in product(args.seeds, chosen):
         training = trained(recipe, args.model, file, args.steps, seed, folder)
         of_seed = result["seeds"][str(seed)]
-        for way, found in measured(training, recipe, texts, calibration, _TARGETS).items():
+        points_found = measured(training, recipe, texts, calibration, _TARGETS)
+        if recipe.way == ROUTED:
+            points_found = points_found | searched(training, texts, search, _WORKS)
+        for way, found in points_found.items():
             of_way = of_seed.setdefault("points", {}).setdefault(way, {})
             for name, points in found.items():
                 of_way[name] = of_way.get(name, []) + points

@@ -1,7 +1,7 @@
 """Perplexity of a trained folder on every text, at the shares of the work that its thresholds make."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from modcompile.changed_routing import random_gates
 from modcompile.durable_files import replace_file
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import measure
+from modcompile.threshold_search import search_thresholds
 from modcompile.tracing import find_layers
 
-RANDOM = "random tokens"
+SEARCHED, RANDOM = "routed, thresholds searched", "random tokens"
 
 Points = dict[str, dict[str, list[dict[str, float]]]]
 """By way of skipping, then by text: `target`, `work`, and `perplexity` against dense."""
@@ -28,21 +29,50 @@ def measured(
     training: Trained, recipe: Recipe, texts: Mapping[str, Dataset], calibration: Dataset, targets: Sequence[float]
 ) -> Points:
     """What `measure_folder` finds, kept beside the folder: of the same training and texts, it is not measured again."""
-    kept = beside(training.folder, ".measured.json")
-    asked = {
+    asked = _asked(training, texts, calibration, targets)
+    return _kept(
+        beside(training.folder, ".measured.json"),
+        asked,
+        lambda: measure_folder(training.folder, recipe, texts, calibration, targets),
+    )
+
+
+def searched(training: Trained, texts: Mapping[str, Dataset], calibration: Dataset, targets: Sequence[float]) -> Points:
+    """Routers at thresholds searched gate by gate for each target (`search_thresholds`), kept in the same way."""
+
+    def measure_all() -> Points:
+        model = load_with_routers(training.folder, use_cache=False)
+        thresholds = {
+            target: search_thresholds(model, calibration, _active_ratio(model, target), bf16=True).thresholds
+            for target in targets
+        }
+        return {SEARCHED: _points(model, texts, thresholds)}
+
+    asked = _asked(training, texts, calibration, targets)
+    return _kept(beside(training.folder, ".searched.json"), asked, measure_all)
+
+
+def _asked(
+    training: Trained, texts: Mapping[str, Dataset], calibration: Dataset, targets: Sequence[float]
+) -> dict[str, Any]:
+    return {
         "training": training.command,
         "targets": list(targets),
         "texts": digests(texts),
         "calibration": digest(calibration),
     }
-    if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text())
+
+
+def _kept(file: Path, asked: dict[str, Any], measure_all: Callable[[], Points]) -> Points:
+    """What `file` has, if it was measured as `asked`; else what is measured now, and then it has that."""
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_text())
         if found["asked"] == asked:
             points: Points = found["points"]
             return points
-    points = measure_folder(training.folder, recipe, texts, calibration, targets)
+    points = measure_all()
     content = json.dumps({"asked": asked, "points": points}, indent=2)
-    replace_file(kept, lambda staging: staging.write_text(content + "\n"))
+    replace_file(file, lambda staging: staging.write_text(content + "\n"))
     return points
 
 
@@ -51,27 +81,30 @@ def measure_folder(
 ) -> Points:
     """Routers at thresholds calibrated for each target, and random tokens for them; all others at 0.5."""
     model = load_with_routers(folder, use_cache=False)
-    dense = {name: measure(model, blocks, 0.0).perplexity for name, blocks in texts.items()}
-
-    def points(thresholds: Mapping[float, Sequence[float] | float]) -> dict[str, list[dict[str, float]]]:
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in texts}
-        for target, threshold in thresholds.items():
-            for name, blocks in texts.items():
-                one = measure(model, blocks, threshold)
-                against = one.perplexity / dense[name]
-                found[name].append({"target": target, "work": one.block_work, "perplexity": against})
-        return found
-
     if recipe.way != ROUTED:
         assert recipe.work is not None
-        return {recipe.way: points({recipe.work: 0.5})}
+        return {recipe.way: _points(model, texts, {recipe.work: 0.5})}
     ratios = {target: _active_ratio(model, target) for target in targets}
     calibrated = {
         target: calibrate_thresholds(model, calibration, ratio, "global").thresholds for target, ratio in ratios.items()
     }
-    routed = {ROUTED: points(calibrated)}
+    routed = {ROUTED: _points(model, texts, calibrated)}
     with random_gates(model, seed=0):
-        return routed | {RANDOM: points({target: 1 - ratio for target, ratio in ratios.items()})}
+        return routed | {RANDOM: _points(model, texts, {target: 1 - ratio for target, ratio in ratios.items()})}
+
+
+def _points(
+    model: RoutedForCausalLM, texts: Mapping[str, Dataset], thresholds: Mapping[float, Sequence[float] | float]
+) -> dict[str, list[dict[str, float]]]:
+    """By text, at the thresholds for each target."""
+    dense = {name: measure(model, blocks, 0.0).perplexity for name, blocks in texts.items()}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in texts}
+    for target, threshold in thresholds.items():
+        for name, blocks in texts.items():
+            one = measure(model, blocks, threshold)
+            against = one.perplexity / dense[name]
+            found[name].append({"target": target, "work": one.block_work, "perplexity": against})
+    return found
 
 
 def _active_ratio(model: RoutedForCausalLM, work: float) -> float:

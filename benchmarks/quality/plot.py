@@ -9,12 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.quality.figures import DENSE, Point
-from benchmarks.quality.measuring import RANDOM
+from benchmarks.quality.measuring import RANDOM, SEARCHED
 from benchmarks.quality.recipes import ORIGINAL, ROUTED, STATIC
 from benchmarks.quality.table import points_of
 from modcompile.png_files import write_png
 
-_STYLES = {ROUTED: ("o-", "#2b6cb0"), STATIC: ("s-", "#dd6b20"), RANDOM: ("x:", "#a0aec0"), ORIGINAL: ("^", "#9b2c2c")}
+_STYLES = {
+    ROUTED: ("o-", "#2b6cb0"),
+    SEARCHED: ("o--", "#2c7a7b"),
+    STATIC: ("s-", "#dd6b20"),
+    RANDOM: ("x:", "#a0aec0"),
+    ORIGINAL: ("^", "#9b2c2c"),
+}
 _MOST = 4.0
 
 

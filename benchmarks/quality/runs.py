@@ -18,6 +18,7 @@ _TEXTS = 256
 _PROSE = 128
 """Pieces of the built-in training split, beside what the model writes; a few hundred words each."""
 _PIECE = 1000
+_EVERY = 16
 
 
 def training_texts(model: str, folder: Path) -> Path:
@@ -32,6 +33,12 @@ def training_texts(model: str, folder: Path) -> Path:
         content = "\n".join([own.read_text(encoding="utf-8").strip(), *pieces]) + "\n"
         replace_file(path, lambda staging: staging.write_text(content, encoding="utf-8"))
     return path
+
+
+def mixed_text(file: Path) -> str:
+    """Of what was trained on, a text every so many: what thresholds are searched on should be as broad."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return "\n\n".join(json.loads(line)["text"] for line in lines[::_EVERY])
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality.figures import Point, perplexity_at, share_of_loss, told
-from benchmarks.quality.measuring import RANDOM
+from benchmarks.quality.measuring import RANDOM, SEARCHED
 from benchmarks.quality.recipes import ORIGINAL, ROUTED, STATIC
 
-_WAYS = (ROUTED, STATIC, RANDOM)
+_WAYS = (ROUTED, SEARCHED, STATIC, RANDOM)
 
 
 def points_of(result: dict[str, Any], way: str, text: str) -> list[list[Point]]:
@@ -34,8 +34,11 @@ def tables(result: dict[str, Any], works: Sequence[float]) -> str:
         told_how,
         _table(["text", "", *(f"{work:g}" for work in works)], _rows(result, texts, works)),
         "What was executed on each text, where thresholds were calibrated on other text:",
-        _table(["text", *(f"{work:g}" for work in result["targets"])], _work_rows(result, texts)),
+        _table(["text", *(f"{work:g}" for work in result["targets"])], _work_rows(result, ROUTED, texts)),
     ]
+    if searched := _work_rows(result, SEARCHED, texts):
+        parts.append("The same where each gate's threshold was searched (`--threshold_scope searched`), on other text:")
+        parts.append(_table(["text", *(f"{work:g}" for work in works)], searched))
     if original := _original_rows(result, texts):
         parts.append("The original's recipe (soft gates, trained for 0.8, threshold 0.5):")
         parts.append(_table(["text", "work", "perplexity against dense"], original))
@@ -55,21 +58,27 @@ def _rows(result: dict[str, Any], texts: Sequence[str], works: Sequence[float]) 
             for way in _WAYS
         }
         rows += [[text, way, *map(told, zip(*found[way], strict=True))] for way in _WAYS if found[way]]
-        both = [seed for seed in result["seeds"].values() if {ROUTED, STATIC} <= seed.get("points", {}).keys()]
-        ours, theirs = (points_of({"seeds": dict(enumerate(both))}, way, text) for way in (ROUTED, STATIC))
-        shares = [
-            [share_of_loss(perplexity_at(one, work), perplexity_at(other, work)) for work in works]
-            for one, other in zip(ours, theirs, strict=True)
-        ]
-        if shares:
-            rows.append([text, "loss, as a share of static's", *map(told, zip(*shares, strict=True))])
+        for way in (ROUTED, SEARCHED):
+            shares = _shares(result, way, text, works)
+            if shares:
+                rows.append([text, f"{way}: loss, as a share of static's", *map(told, zip(*shares, strict=True))])
     return rows
 
 
-def _work_rows(result: dict[str, Any], texts: Sequence[str]) -> list[list[str]]:
+def _shares(result: dict[str, Any], way: str, text: str, works: Sequence[float]) -> list[list[float | None]]:
+    """Of the seeds that have static selections, too."""
+    both = [seed for seed in result["seeds"].values() if {way, STATIC} <= seed.get("points", {}).keys()]
+    ours, theirs = (points_of({"seeds": dict(enumerate(both))}, each, text) for each in (way, STATIC))
+    return [
+        [share_of_loss(perplexity_at(one, work), perplexity_at(other, work)) for work in works]
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+
+
+def _work_rows(result: dict[str, Any], way: str, texts: Sequence[str]) -> list[list[str]]:
     rows = []
     for text in texts:
-        works = [[point.work for point in seed] for seed in points_of(result, ROUTED, text)]
+        works = [[point.work for point in seed] for seed in points_of(result, way, text)]
         if works:
             rows.append([text, *map(told, zip(*works, strict=True))])
     return rows

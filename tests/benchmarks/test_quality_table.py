@@ -4,7 +4,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from benchmarks.quality.measuring import RANDOM
+from benchmarks.quality.measuring import RANDOM, SEARCHED
 from benchmarks.quality.plot import plot
 from benchmarks.quality.recipes import ORIGINAL, ROUTED, STATIC
 from benchmarks.quality.table import tables
@@ -19,6 +19,7 @@ def result() -> dict[str, Any]:
     """Of two seeds, on one text; only the first has been compared with anything."""
     first = {
         ROUTED: {"prose": _points((0.9, 1.1), (0.8, 1.21))},
+        SEARCHED: {"prose": _points((0.9, 1.05), (0.79, 1.1))},
         RANDOM: {"prose": _points((0.9, 3.0), (0.8, 9.0))},
         STATIC: {"prose": _points((0.8, 1.4641))},
         ORIGINAL: {"prose": _points((1.0, 0.95))},
@@ -50,7 +51,10 @@ def test_tells_all_ways_at_the_same_work(result: dict[str, Any]) -> None:
     assert ["prose", ROUTED, "1.20 (1.10 to 1.30)", "1.45 (1.21 to 1.69)", "-"] in rows
     assert ["prose", STATIC, "1.21", "1.46", "-"] in rows
     assert ["prose", RANDOM, "3.00", "9.00", "-"] in rows
-    assert ["prose", "loss, as a share of static's", "0.50", "0.50", "-"] in rows
+    assert ["prose", SEARCHED, "1.05", "1.10", "-"] in rows
+    assert ["prose", f"{SEARCHED}: loss, as a share of static's", "0.26", "0.24", "-"] in rows
+    assert ["prose", "0.90", "0.79"] in rows
+    assert ["prose", "routed: loss, as a share of static's", "0.50", "0.50", "-"] in rows
     assert ["prose", "1.00", "0.95"] in rows
     assert ["prose", "0.90 (0.90 to 0.90)", "0.80 (0.80 to 0.80)"] in rows
 
@@ -63,20 +67,21 @@ def test_tells_the_cost(result: dict[str, Any]) -> None:
 
 def test_tells_what_there_is_of_a_run_that_goes_on(result: dict[str, Any]) -> None:
     del result["seeds"]["1"]
-    for way in (RANDOM, STATIC, ORIGINAL):
+    for way in (SEARCHED, RANDOM, STATIC, ORIGINAL):
         del result["seeds"]["0"]["points"][way]
     text = tables(result, (0.9,))
     assert "The original's recipe" not in text
+    assert "searched" not in text
     rows = _rows(text)
     assert ["prose", ROUTED, "1.10"] in rows
-    assert not any(STATIC in row or RANDOM in row or "loss, as a share of static's" in row for row in rows)
+    assert not any(STATIC in row or RANDOM in row or "routed: loss, as a share of static's" in row for row in rows)
 
 
 def test_pairs_are_of_one_seed(result: dict[str, Any]) -> None:
     """The second seed's static selection is not compared with the first one's routers."""
     points = result["seeds"]["0"]["points"]
     result["seeds"]["1"]["points"][STATIC] = points.pop(STATIC)
-    assert ["prose", "loss, as a share of static's", "1.38", "1.38"] in _rows(tables(result, (0.9, 0.8)))
+    assert ["prose", "routed: loss, as a share of static's", "1.38", "1.38"] in _rows(tables(result, (0.9, 0.8)))
     del points[ROUTED]  # is being trained again
     assert ["prose", ROUTED, "1.30"] in _rows(tables(result, (0.9,)))
 
@@ -84,6 +89,7 @@ def test_pairs_are_of_one_seed(result: dict[str, Any]) -> None:
 def test_tells_of_static_selections_alone(result: dict[str, Any], tmp_path: Path) -> None:
     for seed in ("0", "1"):
         del result["seeds"][seed]["points"][ROUTED]
+        result["seeds"][seed]["points"].pop(SEARCHED, None)
     assert ["prose", STATIC, "1.21"] in _rows(tables(result, (0.9,)))
     plot(result, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").is_file()

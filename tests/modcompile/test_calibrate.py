@@ -66,6 +66,17 @@ def test_calibrates_on_a_text_of_ones_own(folder: Path, tmp_path: Path) -> None:
     assert len(set(found.thresholds)) == len(found.thresholds) == 2
 
 
+def test_searches_thresholds_for_each_gate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--target_active_ratio", "0.5", "--threshold_scope", "searched", "--search_samples", "2"]
+    main([str(folder), *flags, *_TEXT])
+    (found,) = read_thresholds(folder)
+    assert found.scope == "searched"
+    assert read_report(folder)["calibration"]["calibrated"][0]["scope"] == "searched"
+    assert capsys.readouterr().out.splitlines()[2].split()[0] == "0.500"
+    with pytest.raises(ConfigError, match=r"^--search_samples is 0"):
+        main([str(folder), "--search_samples", "0"])
+
+
 def test_thresholds_go_with_the_routers_that_they_are_for(folder: Path, tmp_path: Path) -> None:
     main([str(folder), *_TEXT])
     model = load_with_routers(folder, "auto")

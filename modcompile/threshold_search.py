@@ -1,0 +1,82 @@
+"""Move the thresholds of single gates to where skipping more would cost all of them the same, as measured.
+
+Routers say what a token loses where it skips one layer and, trained with many, on average. Where much is skipped at
+once, some gates then lose more for the work that they save than others do. Which, no gradient tells: they are taken
+where decisions are as they are. So this is coordinate descent: gate after gate, from the first layer to the last, its
+threshold is moved a step up and a step down, and stays where the divergence from the dense model, plus a price for the
+work that is done, is least. The price is what work is worth at the start: of all thresholds moved together.
+"""
+
+from dataclasses import replace
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from modcompile.calibrated_thresholds import CalibratedThresholds
+from modcompile.calibrating import calibrate_thresholds
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.replayed_text import Replay, ReplayedText
+from modcompile.restored_routing import restored_routing
+from modcompile.tracing import eval_mode
+
+_STEP = 1.0
+"""In router logits: what it adds to the odds of a decision is a factor of e."""
+_LEAST_GAIN = 1e-3
+"""Of the divergence at the start: less may be of this text alone."""
+
+
+def search_thresholds(
+    model: RoutedForCausalLM,
+    blocks: Dataset,
+    target: float,
+    *,
+    most_rows: int = 6,
+    batch_size: int = 4,
+    bf16: bool = False,
+) -> CalibratedThresholds:
+    """Thresholds with which `target` of the (token, routed layer) pairs are executed, each moved to where that pays.
+
+    They are moved by what the first `most_rows` rows of `blocks` lose, and brought to the target, all by as much, on
+    all of them. The router mode of the model and its usage are then as they were.
+
+    Raises:
+        ConfigError: `target` is outside of [0, 1], or `batch_size` is below 1.
+        DataError: there is no token to predict, or one that the model does not have.
+    """
+    start = calibrate_thresholds(model, blocks, target, "global", batch_size=batch_size)
+    logits = torch.tensor(start.thresholds, dtype=torch.float64).logit()
+    if not logits.isfinite().all():  # all or nothing
+        return replace(start, scope="searched")
+    few = blocks.select(range(min(most_rows, blocks.num_rows)))
+    with restored_routing(model), eval_mode(model):
+        shifts = _shifts(ReplayedText(model, few, batch_size=batch_size, bf16=bf16), logits)
+    return calibrate_thresholds(model, blocks, target, "searched", batch_size=batch_size, shifts=shifts)
+
+
+def _shifts(text: ReplayedText, start: torch.Tensor) -> torch.Tensor:
+    """By which each of the thresholds of logits `start [gates]` is to be moved, in logits."""
+
+    def run(moved: torch.Tensor, before: Replay | None = None, gate: int = 0) -> Replay:
+        return text.run(torch.sigmoid(start + moved).tolist(), before, gate)
+
+    def cost(replay: Replay) -> float:
+        return replay.divergence + price * replay.active_ratio
+
+    shifts = torch.zeros_like(start)
+    lower, higher = run(shifts - _STEP / 4), run(shifts + _STEP / 4)
+    if lower.active_ratio <= higher.active_ratio:
+        return shifts  # gates that say the same of every token: work has no price
+    price = (higher.divergence - lower.divergence) / (lower.active_ratio - higher.active_ratio)
+    best = run(shifts)
+    least_gain = _LEAST_GAIN * best.divergence
+    for gate in tqdm(range(len(start)), "Moving thresholds", delay=2, leave=False):
+        here, chosen = best, shifts
+        for step in (_STEP, -_STEP):
+            moved = shifts.clone()
+            moved[gate] = step
+            tried = run(moved, here, gate)
+            if cost(tried) < cost(best) - (least_gain if best is here else 0):
+                best, chosen = tried, moved
+        shifts = chosen
+    return shifts

@@ -1,0 +1,99 @@
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from modcompile import threshold_search
+from modcompile.calibrating import TOLERANCE, calibrate_thresholds
+from modcompile.config import RouterConfig
+from modcompile.errors import ConfigError
+from modcompile.modeling import RoutedForCausalLM
+from modcompile.perplexity import evaluate_model
+from modcompile.replayed_text import ReplayedText
+from modcompile.routed_graph import build_routed
+from modcompile.threshold_search import search_thresholds
+from tests.tiny_routed import tiny_base
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Dataset:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (12, 24)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 24] * 12, "labels": ids})
+
+
+@pytest.fixture(scope="module")
+def model() -> RoutedForCausalLM:
+    """Routers that say much the same of all three layers, though the second changes far more than the others."""
+    base = tiny_base()
+    with torch.no_grad():
+        for index, layer in enumerate(base.model.layers):
+            for product in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                product.weight.mul_(1.0 if index == 1 else 0.05)
+    torch.manual_seed(0)
+    model = build_routed(base, RouterConfig(router_hidden_size=0), use_cache=False)
+    for router in model.routers.values():
+        nn.init.normal_(router.get_parameter("score.down.weight"), std=0.3)
+        nn.init.zeros_(router.get_parameter("bias"))
+    return model
+
+
+@pytest.mark.parametrize("target", [0.5, 0.7])
+def test_loses_less_for_the_same_work(model: RoutedForCausalLM, blocks: Dataset, target: float) -> None:
+    """On the text that was searched, and on another one."""
+    searched, others = blocks.select(range(6)), blocks.select(range(6, 12))
+    found = search_thresholds(model, searched, target, batch_size=4)
+    start = calibrate_thresholds(model, searched, target, "global", batch_size=4)
+    assert found.scope == "searched"
+    assert found.active_ratio == pytest.approx(target, abs=TOLERANCE)
+    hard = evaluate_model(model, searched, hard_threshold=found.thresholds).hard
+    assert hard.active_ratio == pytest.approx(found.active_ratio)
+    assert found.thresholds[1] < start.thresholds[1]
+    assert min(found.thresholds[0], found.thresholds[2]) > start.thresholds[0]
+    for text in (searched, others):
+        runs = ReplayedText(model, text, batch_size=6)
+        ours, theirs = (runs.run(each.thresholds) for each in (found, start))
+        assert ours.divergence < 0.9 * theirs.divergence
+
+
+@pytest.mark.parametrize(("most_rows", "searched"), [(2, 2), (20, 12)])
+def test_searches_so_many_rows_and_meets_the_budget_on_all(
+    model: RoutedForCausalLM, blocks: Dataset, monkeypatch: pytest.MonkeyPatch, most_rows: int, searched: int
+) -> None:
+    seen = []
+
+    def text(model: RoutedForCausalLM, rows: Dataset, **flags: Any) -> ReplayedText:
+        seen.append(rows.num_rows)
+        return ReplayedText(model, rows, **flags)
+
+    monkeypatch.setattr(threshold_search, "ReplayedText", text)
+    found = search_thresholds(model, blocks, 0.6, most_rows=most_rows)
+    assert seen == [searched]
+    hard = evaluate_model(model, blocks, hard_threshold=found.thresholds).hard
+    assert hard.active_ratio == pytest.approx(0.6, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_all_or_nothing_needs_no_search(model: RoutedForCausalLM, blocks: Dataset, target: float) -> None:
+    found = search_thresholds(model, blocks, target)
+    assert (found.scope, found.active_ratio) == ("searched", target)
+    assert set(found.thresholds) == {1.0 - target}
+
+
+def test_leaves_thresholds_where_every_token_is_alike(blocks: Dataset) -> None:
+    model = build_routed(tiny_base(), RouterConfig(router_hidden_size=0), use_cache=False)
+    for router in model.routers.values():
+        nn.init.zeros_(router.get_parameter("score.down.weight"))
+    model.set_router_mode(0.25)
+    usage = model.usage
+    found = search_thresholds(model, blocks, 0.5)
+    assert len(set(found.thresholds)) == 1
+    assert model.hard_thresholds == [0.25] * 3
+    assert model.usage is usage
+
+
+def test_refuses_what_is_no_share(model: RoutedForCausalLM, blocks: Dataset) -> None:
+    with pytest.raises(ConfigError, match=r"^--target_active_ratio is 1\.5"):
+        search_thresholds(model, blocks, 1.5)
