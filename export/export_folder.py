@@ -15,7 +15,7 @@ import onnx_ir as ir
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from modcompile.artifacts import base_files, has_trained_routers, update_report
-from modcompile.calibrated_thresholds import THRESHOLDS, read_thresholds, threshold_for, write_thresholds
+from modcompile.calibrated_thresholds import calibrated_for, threshold_for, write_thresholds
 from modcompile.checkpoint_sources import find_checkpoint
 from modcompile.checkpoints import load_tokenizer
 from modcompile.corpus import builtin_documents
@@ -150,6 +150,7 @@ def export_folder(
             model = load_exportable(source, config, texts_of, tokenizer_of)
         generation = load_generation_config(source, model.config)
         max_positions = model.max_positions if config.target == "ort" else None
+        calibrated = calibrated_for(source, len(model.foldable.model.gated_layers)) if model.foldable else []
 
     def build(exportable: Exportable) -> ir.Model:
         gm = exportable.graph()
@@ -175,8 +176,7 @@ def export_folder(
             elif asked != UNFOLDED:
                 folding = DecidedFolding(gates, asked)
             decided = folding.folding if folding else UNFOLDED
-            if (source / THRESHOLDS).is_file():
-                calibrated = read_thresholds(source)
+            if calibrated:
                 kept = [tuple(decided.kept(each.thresholds, gates)) for each in calibrated]
                 of_kept = [replace(each, thresholds=mine) for each, mine in zip(calibrated, kept, strict=True)]
                 write_thresholds(of_kept, staging)

@@ -63,7 +63,8 @@ class CalibrationConfig:
     )
     max_samples: int = field(default=16, metadata={"help": "At most this many sequences, drawn at random."})
     search_samples: int = field(
-        default=6, metadata={"help": "Sequences whose loss is measured for --threshold_scope searched."}
+        default=12,
+        metadata={"help": "Sequences whose loss is measured for --threshold_scope searched; a few are too few."},
     )
     batch_size: int = field(default=4, metadata={"help": "Sequences in a call of the model."})
     bf16: bool = field(
@@ -118,8 +119,8 @@ def _calibrated(
     model: RoutedForCausalLM, blocks: Dataset, target: float, config: CalibrationConfig
 ) -> CalibratedThresholds:
     if config.threshold_scope == "searched":
-        rows = config.search_samples
-        return search_thresholds(model, blocks, target, most_rows=rows, batch_size=config.batch_size, bf16=config.bf16)
+        few = blocks.select(range(min(config.search_samples, blocks.num_rows)))
+        return search_thresholds(model, blocks, target, few, batch_size=config.batch_size, bf16=config.bf16)
     return calibrate_thresholds(model, blocks, target, config.threshold_scope, batch_size=config.batch_size)
 
 

@@ -64,6 +64,23 @@ def read_thresholds(folder: Path) -> list[CalibratedThresholds]:
         raise ArtifactError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
+def calibrated_for(folder: Path, gates: int) -> list[CalibratedThresholds]:
+    """The same, or nothing where nothing is calibrated.
+
+    Raises:
+        ArtifactError: the file is damaged, of another version, or of a model with another number of gates.
+    """
+    if not (folder / THRESHOLDS).is_file():
+        return []
+    found = read_thresholds(folder)
+    for each in found:
+        if len(each.thresholds) != gates:
+            raise ArtifactError(
+                f"{folder / THRESHOLDS} has {len(each.thresholds)} thresholds for {gates} gates; {_AGAIN}"
+            )
+    return found
+
+
 def parse_threshold(text: str) -> float | str:
     """A number, `auto`, or `auto:0.8`, from a command line.
 
@@ -99,7 +116,7 @@ def number_for(folder: Path, hard_threshold: float | str) -> float:
         ConfigError: it is `auto`.
     """
     if isinstance(hard_threshold, str):
-        raise ConfigError(f"--hard_threshold {hard_threshold} is for routed folders in torch, {folder} needs a number")
+        raise ConfigError(f"--hard_threshold {hard_threshold} is for routed folders, {folder} needs a number")
     return hard_threshold
 
 

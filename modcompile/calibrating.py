@@ -54,15 +54,17 @@ def calibrate_thresholds(
     sizes = torch.tensor(work, dtype=torch.float64)
     moved = torch.zeros(gates, dtype=torch.float64) if shifts is None else shifts.double()
     nearest = None
-    logits = torch.zeros(gates, dtype=torch.float64)
+    logits = moved
     with restored_routing(model), eval_mode(model):
         for number in range(_MOST_PASSES):
             thresholds = torch.sigmoid(logits).tolist()
             said, ratio = _pass(model, blocks, thresholds, batch_size)
             found = CalibratedThresholds(target, tuple(thresholds), ratio, scope)
-            if nearest is None or abs(ratio - target) < abs(nearest.active_ratio - target):
+            # Of thresholds that are no one's quantiles, a right mean says nothing of each gate's share.
+            is_found = number > 0 or scope != "per_layer"
+            if is_found and (nearest is None or abs(ratio - target) < abs(nearest.active_ratio - target)):
                 nearest = found
-            if abs(nearest.active_ratio - target) <= TOLERANCE:
+            if nearest is not None and abs(nearest.active_ratio - target) <= TOLERANCE:
                 break
             wanted = moved + _quantiles(said - moved.unsqueeze(1), sizes, target, scope)
             # Where decisions depend much on those before, whole steps go back and forth around what is looked for.

@@ -25,7 +25,7 @@ from modcompile.progress import show_elapsed
 from modcompile.required_tokenizer import required_tokenizer
 from modcompile.route_map import find_routes, plot_routes
 from modcompile.sweep_plot import plot_sweep
-from modcompile.sweep_speed import TEXT_TOKENS, SweepSpeed
+from modcompile.sweep_speed import SweepSpeed
 from modcompile.sweep_table import sweep_table
 
 _WIDTH = 100
@@ -123,11 +123,12 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     with show_elapsed("loading and tracing"):
         model = load_with_routers(folder, thresholds, device=fastest_device(), use_cache=False)
     # Before minutes of work: whether there is what is to be measured.
-    speed = SweepSpeed(folder, len(model.gated_layers)) if config.sweep_speed else None
+    decoded = [_tokens(blocks[row]) for row in range(min(_DECODED_TEXTS, blocks.num_rows))]
+    speed = SweepSpeed(folder, len(model.gated_layers), decoded) if config.sweep_speed else None
     evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
     print(_table(evaluation, config, router, text))
     if config.route_map_tokens:
-        ids = _tokens(blocks[0], config.route_map_tokens)
+        ids = _tokens(blocks[0])[: config.route_map_tokens]
         plot_routes(find_routes(model, required_tokenizer(folder), ids, thresholds), folder / ROUTES_PLOT)
         print(f"routes of {len(ids)} tokens plotted in {folder / ROUTES_PLOT}")
     swept: dict[str, Any] = {}
@@ -145,9 +146,8 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
         )
         if speed is not None:
             with show_elapsed("measuring speeds"):
-                texts = [_tokens(blocks[row], TEXT_TOKENS) for row in range(min(_DECODED_TEXTS, blocks.num_rows))]
                 dense = [[0.0] * len(model.gated_layers)]
-                sweep = replace(sweep, speeds=speed.measure({DENSE: dense, **sweep.thresholds}, texts))
+                sweep = replace(sweep, speeds=speed.measure({DENSE: dense, **sweep.thresholds}))
     if config.beside:
         others = measure_beside(config.beside, model, blocks, batch_size=config.batch_size)
         sweep = replace(sweep, ways=sweep.ways | {name: [measured] for name, measured in others.items()})
@@ -165,9 +165,9 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     }
 
 
-def _tokens(row: dict[str, Any], most: int) -> list[int]:
-    """The first of a row, padding left out."""
-    return list(row["input_ids"][: min(sum(row["attention_mask"]), most)])
+def _tokens(row: dict[str, Any]) -> list[int]:
+    """Those of a row, padding left out."""
+    return list(row["input_ids"][: sum(row["attention_mask"])])
 
 
 def _as_json(measured: Measurement) -> dict[str, Any]:

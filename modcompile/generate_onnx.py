@@ -38,12 +38,17 @@ def exported_threshold(folder: Path, hard_threshold: float | str | None) -> floa
         ArtifactError: the file of calibrated thresholds is damaged.
         ConfigError: the folder has none, or none for that budget.
     """
+    if hard_threshold is None:
+        return None
     if isinstance(hard_threshold, str) and not (folder / THRESHOLDS).is_file():
         raise ConfigError(
             f"{folder} was exported without calibrated thresholds; run modcompile.calibrate on the routed folder, "
             "and modcompile.export again, or give a number"
         )
-    return None if hard_threshold is None else threshold_for(folder, hard_threshold)
+    try:
+        return threshold_for(folder, hard_threshold)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, and export again") from error
 
 
 def load_onnx(folder: Path, hard_threshold: float | Sequence[float] | None, num_threads: int | None) -> TextGenerator:

@@ -65,7 +65,7 @@ class ReplayedText:
         self._dense = [self._of_batch(index, [0.0] * len(self._work))[1].half() for index in range(len(self._batches))]
 
     def run(self, thresholds: Sequence[float], before: Replay | None = None, gate: int = 0) -> Replay:
-        """At `thresholds`; after a run whose thresholds are the same in front of `gate`, from that on only."""
+        """At `thresholds`; after a run that differs from it in the threshold of `gate` alone, from there on only."""
         parts = []
         for index, batch in enumerate(self._batches):
             earlier = None if before is None else before.parts[index]

@@ -9,20 +9,25 @@ import numpy as np
 from modcompile.errors import ArtifactError, ConfigError, DataError
 
 _ROUNDS = 3
-_PROMPT, _UNTIMED, _STEPS = 32, 3, 24
-TEXT_TOKENS = _PROMPT + _UNTIMED + _STEPS
-"""Of a text of which all steps can be measured."""
+_TOKENS, _UNTIMED = 64, 3
 
 
 class SweepSpeed:
     """A session on `folder/onnx`, which must have all of a model's gates; with a thread for every core.
 
+    Of each of the `texts`, the second half of its first 64 tokens is decoded, as a model skips more in what it repeats
+    by itself.
+
     Raises:
         ArtifactError: the folder has no artifact, or ONNX Runtime can't load it.
         ConfigError: there is no ONNX Runtime; or gates are folded.
+        DataError: no text is long enough to decode some of it.
     """
 
-    def __init__(self, folder: Path, gates: int) -> None:
+    def __init__(self, folder: Path, gates: int, texts: Sequence[Sequence[int]]) -> None:
+        self._texts = [text[:_TOKENS] for text in texts if len(text) > 2 * _UNTIMED]
+        if not self._texts:
+            raise DataError(f"--sweep_speed decodes a text, and none has more than {2 * _UNTIMED} tokens; give more")
         try:
             from modcompile.export.session import MODEL_FILE, RoutedSession
         except ModuleNotFoundError as error:
@@ -39,26 +44,20 @@ class SweepSpeed:
                 "--sweep_speed export with --fold_gates none"
             )
 
-    def measure(
-        self, thresholds: Mapping[str, Sequence[Sequence[float]]], texts: Sequence[Sequence[int]]
-    ) -> dict[str, list[float]]:
+    def measure(self, thresholds: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, list[float]]:
         """Tokens a second of one row, at the thresholds of each point of each way, by its name.
 
-        What is decoded are the texts themselves, as a model skips more in what it repeats. The points take turns. As
-        steps differ in what they skip, the mean of all counts, each by its median of the rounds.
+        The points take turns. As steps differ in what they skip, the mean of all counts, each by its median of the
+        rounds.
 
         Raises:
             ArtifactError: ONNX Runtime stops in the middle of the model.
-            DataError: no text is long enough to decode some of it.
         """
-        long = [text for text in texts if len(text) > 2 * _UNTIMED]
-        if not long:
-            raise DataError(f"--sweep_speed decodes a text, and none has more than {2 * _UNTIMED} tokens; give more")
         times: dict[str, list[list[list[float]]]] = {way: [[] for _ in points] for way, points in thresholds.items()}
         for _ in range(_ROUNDS):
             for way, points in thresholds.items():
                 for rounds, point in zip(times[way], points, strict=True):
-                    rounds.append([step for text in long for step in self._seconds(point, text)])
+                    rounds.append([step for text in self._texts for step in self._seconds(point, text)])
         return {way: [1 / float(np.median(rounds, 0).mean()) for rounds in points] for way, points in times.items()}
 
     def _seconds(self, thresholds: Sequence[float], text: Sequence[int]) -> list[float]:
@@ -66,12 +65,11 @@ class SweepSpeed:
         from modcompile.export.decoder import Decoder
 
         self._session.thresholds = list(thresholds)
-        taken = text[:TEXT_TOKENS]
-        prompt = min(_PROMPT, len(text) // 2)
-        decoder = Decoder(self._session, 1, len(taken))
-        decoder.step(np.array([taken[:prompt]]))
+        half = len(text) // 2
+        decoder = Decoder(self._session, 1, len(text))
+        decoder.step(np.array([text[:half]]))
         seconds = []
-        for token in taken[prompt:]:
+        for token in text[half:]:
             start = perf_counter()
             decoder.step(np.array([[token]]))
             seconds.append(perf_counter() - start)

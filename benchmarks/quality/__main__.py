@@ -27,7 +27,7 @@ from modcompile.reused_memory import reuse_freed_memory
 _WORKS = (0.95, 0.9, 0.8, 0.7)
 _TARGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 _WINDOW = 512
-_SEARCHED_WINDOWS = 6
+_SEARCHED_TARGETS, _SEARCHED_WINDOWS = (0.95, 0.9, 0.8, 0.65), 12
 _FILE = "quality.json"
 
 
@@ -53,6 +53,7 @@ def main() -> None:
         "targets": list(_TARGETS),
         "texts": digests(texts),
         "calibration": digest(calibration),
+        "searched_targets": list(_SEARCHED_TARGETS),
         "search": digest(search),
     }
     chosen = [recipe for recipe in recipes(_WORKS) if NAMES[recipe.way] in args.ways]
@@ -65,7 +66,7 @@ def main() -> None:
         of_seed = result["seeds"][str(seed)]
         points_found = measured(training, recipe, texts, calibration, _TARGETS)
         if recipe.way == ROUTED:
-            points_found = points_found | searched(training, texts, search, _WORKS)
+            points_found = points_found | searched(training, texts, calibration, search, _SEARCHED_TARGETS)
         for way, found in points_found.items():
             of_way = of_seed.setdefault("points", {}).setdefault(way, {})
             for name, points in found.items():

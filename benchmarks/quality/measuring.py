@@ -37,18 +37,24 @@ def measured(
     )
 
 
-def searched(training: Trained, texts: Mapping[str, Dataset], calibration: Dataset, targets: Sequence[float]) -> Points:
+def searched(
+    training: Trained,
+    texts: Mapping[str, Dataset],
+    calibration: Dataset,
+    search: Dataset,
+    targets: Sequence[float],
+) -> Points:
     """Routers at thresholds searched gate by gate for each target (`search_thresholds`), kept in the same way."""
 
     def measure_all() -> Points:
         model = load_with_routers(training.folder, use_cache=False)
         thresholds = {
-            target: search_thresholds(model, calibration, _active_ratio(model, target), bf16=True).thresholds
+            target: search_thresholds(model, calibration, _active_ratio(model, target), search, bf16=True).thresholds
             for target in targets
         }
-        return {SEARCHED: _points(model, texts, thresholds)}
+        return {SEARCHED: _points(model, texts, _dense(model, texts), thresholds)}
 
-    asked = _asked(training, texts, calibration, targets)
+    asked = _asked(training, texts, calibration, targets) | {"search": digest(search)}
     return _kept(beside(training.folder, ".searched.json"), asked, measure_all)
 
 
@@ -81,23 +87,31 @@ def measure_folder(
 ) -> Points:
     """Routers at thresholds calibrated for each target, and random tokens for them; all others at 0.5."""
     model = load_with_routers(folder, use_cache=False)
+    dense = _dense(model, texts)
     if recipe.way != ROUTED:
         assert recipe.work is not None
-        return {recipe.way: _points(model, texts, {recipe.work: 0.5})}
+        return {recipe.way: _points(model, texts, dense, {recipe.work: 0.5})}
     ratios = {target: _active_ratio(model, target) for target in targets}
     calibrated = {
         target: calibrate_thresholds(model, calibration, ratio, "global").thresholds for target, ratio in ratios.items()
     }
-    routed = {ROUTED: _points(model, texts, calibrated)}
+    routed = {ROUTED: _points(model, texts, dense, calibrated)}
     with random_gates(model, seed=0):
-        return routed | {RANDOM: _points(model, texts, {target: 1 - ratio for target, ratio in ratios.items()})}
+        return routed | {RANDOM: _points(model, texts, dense, {target: 1 - ratio for target, ratio in ratios.items()})}
+
+
+def _dense(model: RoutedForCausalLM, texts: Mapping[str, Dataset]) -> dict[str, float]:
+    """Perplexity with all gates open, by text."""
+    return {name: measure(model, blocks, 0.0).perplexity for name, blocks in texts.items()}
 
 
 def _points(
-    model: RoutedForCausalLM, texts: Mapping[str, Dataset], thresholds: Mapping[float, Sequence[float] | float]
+    model: RoutedForCausalLM,
+    texts: Mapping[str, Dataset],
+    dense: Mapping[str, float],
+    thresholds: Mapping[float, Sequence[float] | float],
 ) -> dict[str, list[dict[str, float]]]:
-    """By text, at the thresholds for each target."""
-    dense = {name: measure(model, blocks, 0.0).perplexity for name, blocks in texts.items()}
+    """By text, at the thresholds for each target, beside what `_dense` found."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in texts}
     for target, threshold in thresholds.items():
         for name, blocks in texts.items():

@@ -18,7 +18,7 @@ _TEXTS = 256
 _PROSE = 128
 """Pieces of the built-in training split, beside what the model writes; a few hundred words each."""
 _PIECE = 1000
-_EVERY = 16
+_EVERY = 8
 
 
 def training_texts(model: str, folder: Path) -> Path:

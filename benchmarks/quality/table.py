@@ -38,7 +38,8 @@ def tables(result: dict[str, Any], works: Sequence[float]) -> str:
     ]
     if searched := _work_rows(result, SEARCHED, texts):
         parts.append("The same where each gate's threshold was searched (`--threshold_scope searched`), on other text:")
-        parts.append(_table(["text", *(f"{work:g}" for work in works)], searched))
+        targets = result["searched_targets"]
+        parts.append(_table(["text", *(f"{work:g}" for work in targets)], searched))
     if original := _original_rows(result, texts):
         parts.append("The original's recipe (soft gates, trained for 0.8, threshold 0.5):")
         parts.append(_table(["text", "work", "perplexity against dense"], original))

@@ -71,19 +71,19 @@ def test_is_measured_once(training: Trained, train_file: Path, tokenizer: PreTra
 def test_thresholds_are_searched_once(training: Trained, train_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     text = train_file.read_text()
     texts, calibration = {"one": windows(text, tokenizer, 16, 2)}, windows(text, tokenizer, 16, 4)
-    (points,) = searched(training, texts, calibration, [0.9, 0.6])[SEARCHED].values()
+    (points,) = searched(training, texts, calibration, calibration, [0.9, 0.6])[SEARCHED].values()
     assert [point["target"] for point in points] == [0.9, 0.6]
     kept = beside(training.folder, ".searched.json")
     as_they_were: Points = {SEARCHED: {"one": []}}
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "points": as_they_were}))
-    assert searched(training, texts, calibration, [0.9, 0.6]) == as_they_were
-    assert searched(training, texts, calibration, [0.9]) != as_they_were
+    assert searched(training, texts, calibration, calibration, [0.9, 0.6]) == as_they_were
+    assert searched(training, texts, calibration, calibration, [0.9]) != as_they_were
 
 
 def test_thresholds_are_searched_on_all_kinds_of_text_that_were_trained_on(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(33)))
-    assert mixed_text(file) == "text 0\n\ntext 16\n\ntext 32"
+    assert mixed_text(file) == "\n\n".join(f"text {number}" for number in range(0, 33, 8))
 
 
 def test_static_selections_are_measured_as_they_are(

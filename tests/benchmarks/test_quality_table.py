@@ -32,6 +32,7 @@ def result() -> dict[str, Any]:
         "window": 512,
         "texts": {"prose": "a digest"},
         "targets": [0.9, 0.8],
+        "searched_targets": [0.9, 0.8],
         "seeds": {
             "0": {"points": first, "minutes": 12.0, "trainable_share": 0.009},
             "1": {"points": second, "minutes": 14.0, "trainable_share": 0.009},

@@ -7,6 +7,7 @@ import pytest
 
 from modcompile.calibrated_thresholds import (
     CalibratedThresholds,
+    calibrated_for,
     check_hard_threshold,
     parse_threshold,
     read_thresholds,
@@ -39,6 +40,15 @@ def test_names_the_budgets_that_there_are(tmp_path: Path) -> None:
     write_thresholds(FOUND, tmp_path)
     with pytest.raises(ConfigError, match=r"has thresholds for 0\.9 0\.8, none for 0\.7; give modcompile.calibrate "):
         threshold_for(tmp_path, "auto:0.7")
+
+
+def test_what_an_export_takes_along_is_for_its_gates(tmp_path: Path) -> None:
+    assert calibrated_for(tmp_path, 3) == []
+    write_thresholds(FOUND, tmp_path)
+    gates = len(FOUND[0].thresholds)
+    assert calibrated_for(tmp_path, gates) == FOUND
+    with pytest.raises(ArtifactError, match=rf"has {gates} thresholds for 9 gates; run modcompile.calibrate again$"):
+        calibrated_for(tmp_path, 9)
 
 
 def test_a_number_needs_no_file(tmp_path: Path) -> None:

@@ -45,6 +45,19 @@ def test_meets_its_target_as_an_evaluation_counts_it(
         )
 
 
+def test_shifts_hold_even_where_a_half_would_do(model: RoutedForCausalLM, blocks: Dataset) -> None:
+    """The share executed at 0.5 is asked for: no reason to take that for all gates."""
+    shifts = torch.arange(float(len(model.gated_layers)))
+    target = evaluate_model(model, blocks, hard_threshold=0.5).hard.active_ratio
+    found = calibrate_thresholds(model, blocks, target, "searched", shifts=shifts)
+    logits = torch.tensor(found.thresholds).logit()
+    torch.testing.assert_close(logits - logits[0], shifts, rtol=0, atol=1e-4)
+    assert found.active_ratio == pytest.approx(target, abs=TOLERANCE)
+    each = calibrate_thresholds(model, blocks, target, "per_layer")
+    ratios = evaluate_model(model, blocks, hard_threshold=each.thresholds).hard.active_ratio_per_layer
+    assert list(ratios.values()) == pytest.approx([target] * len(ratios), abs=4 * TOLERANCE)
+
+
 @pytest.mark.parametrize(("target", "threshold"), [(0.0, 1.0), (1.0, 0.0)])
 def test_all_or_nothing_holds_for_any_text(
     model: RoutedForCausalLM, blocks: Dataset, target: float, threshold: float

@@ -86,7 +86,8 @@ def test_what_decides_alike_is_not_run_again(model: RoutedForCausalLM, blocks: D
 
 def test_bf16_is_near(model: RoutedForCausalLM, blocks: Dataset) -> None:
     gates = len(model.gated_layers)
-    exact, near = (ReplayedText(model, blocks, batch_size=5, bf16=bf16).run([2.0] * gates) for bf16 in (False, True))
-    assert near.active_ratio == exact.active_ratio == 0
+    exact, near = (ReplayedText(model, blocks, batch_size=5, bf16=bf16).run([0.5] * gates) for bf16 in (False, True))
+    assert 0 < exact.active_ratio < 1
+    assert near.active_ratio == pytest.approx(exact.active_ratio, abs=0.05)
     assert near.divergence != exact.divergence
-    assert near.divergence == pytest.approx(exact.divergence, rel=0.05)
+    assert near.divergence == pytest.approx(exact.divergence, rel=0.1)

@@ -27,15 +27,15 @@ def exported(onnx_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_measures_each_point_of_each_way(exported: Path) -> None:
-    speed = SweepSpeed(exported, 2)
-    found = speed.measure({"dense": [[0.0, 0.0]], "router": [[0.5, 0.5], [2.0, 2.0]], "none": []}, [range(5, 25)])
+    speed = SweepSpeed(exported, 2, [range(5, 25)])
+    found = speed.measure({"dense": [[0.0, 0.0]], "router": [[0.5, 0.5], [2.0, 2.0]], "none": []})
     assert {way: len(speeds) for way, speeds in found.items()} == {"dense": 1, "router": 2, "none": 0}
     assert all(0 < each < math.inf for speeds in found.values() for each in speeds)
 
 
 def test_decodes_the_texts_at_the_thresholds_of_each_point(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of a short text is the prompt, 32 tokens of a long one; too short a text is left out."""
-    speed, seen = SweepSpeed(exported, 2), []
+    """Half of a text is the prompt, 32 tokens of a long one; too short a text is left out."""
+    texts, seen = [list(range(5, 17)), [7] * 6, list(range(3, 100))], []
 
     def step(decoder: Decoder, input_ids: Array, *args: Any) -> Any:
         seen.append((list(decoder._session.thresholds or ()), input_ids[0].tolist()))
@@ -43,29 +43,26 @@ def test_decodes_the_texts_at_the_thresholds_of_each_point(exported: Path, monke
 
     taken = Decoder.step
     monkeypatch.setattr(Decoder, "step", step)
-    texts = [list(range(5, 17)), [7] * 6, list(range(3, 100))]
-    speed.measure({"router": [[0.5, 0.0], [2.0, 2.0]]}, texts)
-    short, long = (
-        [texts[0][:6], *([token] for token in texts[0][6:])],
-        [texts[2][:32], *([t] for t in texts[2][32:59])],
-    )
+    SweepSpeed(exported, 2, texts).measure({"router": [[0.5, 0.0], [2.0, 2.0]]})
+    short = [texts[0][:6], *([token] for token in texts[0][6:])]
+    long = [texts[2][:32], *([token] for token in texts[2][32:64])]
     one_round = [(point, ids) for point in ([0.5, 0.0], [2.0, 2.0]) for ids in (*short, *long)]
     assert seen == one_round * 3
 
 
 def test_needs_a_text_to_decode(exported: Path) -> None:
     with pytest.raises(DataError, match=r"^--sweep_speed decodes a text, and none has more than 6 tokens; give more$"):
-        SweepSpeed(exported, 2).measure({"dense": [[0.0, 0.0]]}, [[5, 6, 7, 8, 9, 10]])
+        SweepSpeed(exported, 2, [[5, 6, 7, 8, 9, 10]])
 
 
 def test_needs_an_artifact(routed_folder: Path) -> None:
     with pytest.raises(ArtifactError, match=f"has no onnx folder for --sweep_speed; run .*{routed_folder.name}$"):
-        SweepSpeed(routed_folder, 2)
+        SweepSpeed(routed_folder, 2, [range(9)])
 
 
 def test_needs_all_gates(exported: Path) -> None:
     with pytest.raises(ConfigError, match=r"has 2 of 3 gates, the others are folded; for --sweep_speed export with"):
-        SweepSpeed(exported, 3)
+        SweepSpeed(exported, 3, [range(9)])
 
 
 def test_a_sweep_tells_speeds(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,8 @@
-from typing import Any
-
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
 
-from modcompile import threshold_search
 from modcompile.calibrating import TOLERANCE, calibrate_thresholds
 from modcompile.config import RouterConfig
 from modcompile.errors import ConfigError
@@ -44,7 +41,7 @@ def model() -> RoutedForCausalLM:
 def test_loses_less_for_the_same_work(model: RoutedForCausalLM, blocks: Dataset, target: float) -> None:
     """On the text that was searched, and on another one."""
     searched, others = blocks.select(range(6)), blocks.select(range(6, 12))
-    found = search_thresholds(model, searched, target, batch_size=4)
+    found = search_thresholds(model, searched, target, searched, batch_size=4)
     start = calibrate_thresholds(model, searched, target, "global", batch_size=4)
     assert found.scope == "searched"
     assert found.active_ratio == pytest.approx(target, abs=TOLERANCE)
@@ -58,26 +55,21 @@ def test_loses_less_for_the_same_work(model: RoutedForCausalLM, blocks: Dataset,
         assert ours.divergence < 0.9 * theirs.divergence
 
 
-@pytest.mark.parametrize(("most_rows", "searched"), [(2, 2), (20, 12)])
-def test_searches_so_many_rows_and_meets_the_budget_on_all(
-    model: RoutedForCausalLM, blocks: Dataset, monkeypatch: pytest.MonkeyPatch, most_rows: int, searched: int
-) -> None:
-    seen = []
-
-    def text(model: RoutedForCausalLM, rows: Dataset, **flags: Any) -> ReplayedText:
-        seen.append(rows.num_rows)
-        return ReplayedText(model, rows, **flags)
-
-    monkeypatch.setattr(threshold_search, "ReplayedText", text)
-    found = search_thresholds(model, blocks, 0.6, most_rows=most_rows)
-    assert seen == [searched]
-    hard = evaluate_model(model, blocks, hard_threshold=found.thresholds).hard
+def test_meets_the_budget_on_another_text_than_it_searches(model: RoutedForCausalLM, blocks: Dataset) -> None:
+    """Only how far thresholds are from each other is of the text that is searched."""
+    searched, budgeted = blocks.select(range(2)), blocks.select(range(4, 12))
+    found = search_thresholds(model, budgeted, 0.6, searched)
+    hard = evaluate_model(model, budgeted, hard_threshold=found.thresholds).hard
     assert hard.active_ratio == pytest.approx(0.6, abs=TOLERANCE)
+    logits = torch.tensor(found.thresholds, dtype=torch.float64).logit()
+    steps = logits - logits[0]
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-6)
+    assert steps.abs().max() >= 1
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
 def test_all_or_nothing_needs_no_search(model: RoutedForCausalLM, blocks: Dataset, target: float) -> None:
-    found = search_thresholds(model, blocks, target)
+    found = search_thresholds(model, blocks, target, blocks)
     assert (found.scope, found.active_ratio) == ("searched", target)
     assert set(found.thresholds) == {1.0 - target}
 
@@ -86,9 +78,10 @@ def test_leaves_thresholds_where_every_token_is_alike(blocks: Dataset) -> None:
     model = build_routed(tiny_base(), RouterConfig(router_hidden_size=0), use_cache=False)
     for router in model.routers.values():
         nn.init.zeros_(router.get_parameter("score.down.weight"))
+        nn.init.constant_(router.get_parameter("bias"), 5.0)
     model.set_router_mode(0.25)
     usage = model.usage
-    found = search_thresholds(model, blocks, 0.5)
+    found = search_thresholds(model, blocks, 0.5, blocks)
     assert len(set(found.thresholds)) == 1
     assert model.hard_thresholds == [0.25] * 3
     assert model.usage is usage
@@ -96,4 +89,4 @@ def test_leaves_thresholds_where_every_token_is_alike(blocks: Dataset) -> None:
 
 def test_refuses_what_is_no_share(model: RoutedForCausalLM, blocks: Dataset) -> None:
     with pytest.raises(ConfigError, match=r"^--target_active_ratio is 1\.5"):
-        search_thresholds(model, blocks, 1.5)
+        search_thresholds(model, blocks, 1.5, blocks)
