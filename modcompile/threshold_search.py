@@ -6,8 +6,8 @@ where decisions are as they are. So this is coordinate descent: gate after gate,
 threshold is moved a step up and a step down, and stays where the divergence from the dense model, plus a price for the
 work that is done, is least. The price is what work is worth at the start: of all thresholds moved together.
 
-It needs text: searched on 2,000 tokens, SmolLM2 at 0.8 of the work lost less on some other texts and more on others; on
-6,000, less or as much on all of them. A second pass gained a quarter of what the first did.
+It needs text: searched on 2,000 tokens, SmolLM2 at 0.8 of the work lost less on prose and more on texts of other kinds;
+on 6,000, less or as much on all. A second pass gained a quarter of what the first did, on the text that is searched.
 """
 
 from dataclasses import replace
