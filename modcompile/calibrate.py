@@ -51,7 +51,7 @@ class CalibrationConfig:
         metadata={
             "help": "global: one threshold for all gates, so that tokens are skipped where routers think that they "
             "matter least. per_layer: each gate executes the same share of tokens. searched: from global on, each "
-            "gate's own, moved to where skipping more costs all of them the same, as measured: minutes a budget."
+            "gate's own, moved a step where less is lost for the same work, as measured: minutes a budget."
         },
     )
     text_file: str | None = field(

@@ -1,4 +1,4 @@
-"""Train gates for many budgets at once: each sequence of a batch draws what a block must be worth to be executed.
+"""Train gates for many budgets at once: each sequence of a batch has its own price of a block.
 
 A gate is then `gate(router_logits - log(factor))`, with a factor on the price for each sequence. So what a router says,
 but for a constant, comes to be the logarithm of what a block is worth to a token, and any threshold on it a budget that

@@ -1,4 +1,4 @@
-"""Move the thresholds of single gates to where skipping more would cost all of them the same, as measured.
+"""Move the thresholds of single gates a step to where less is lost for the same work, as measured.
 
 Routers say what a token loses where it skips one layer and, trained with many, on average. Where much is skipped at
 once, some gates then lose more for the work that they save than others do. Which, no gradient tells: they are taken
