@@ -1,6 +1,6 @@
 """A routed model run hard on one text again and again, each time from the first block that differs on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,24 +17,33 @@ _IGNORED = -100  # as in the labels of `tokenize_and_pack`
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What a batch came to: nats in all, the tokens that each gate executed, and what the graph's nodes held."""
+class Part:
+    """What a batch of B sequences came to; means over all sequences are those over all tokens, of whatever length."""
 
-    lost: float
-    executed: torch.Tensor
+    divergence: torch.Tensor
+    """`[B]`: KL(dense ‖ routed), in nats: of all predicted tokens of the sequence, over those of the mean sequence."""
+    active_ratio: torch.Tensor
+    """`[B]`: what the sequence executes, by its work, over what there is to execute in the mean sequence."""
     values: dict[fx.Node, Any]
+    """What the graph's nodes held."""
 
 
 @dataclass(frozen=True)
 class Replay:
     """A run at some thresholds."""
 
-    divergence: float
-    """KL(dense ‖ routed), the mean over predicted tokens, in nats."""
-    active_ratio: float
-    """Share of (token, routed layer) pairs that were executed, by their work."""
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     """By batch."""
+
+    @property
+    def divergence(self) -> float:
+        """KL(dense ‖ routed), the mean over predicted tokens, in nats."""
+        return float(torch.cat([part.divergence for part in self.parts]).mean())
+
+    @property
+    def active_ratio(self) -> float:
+        """Share of (token, routed layer) pairs that were executed, by their work."""
+        return float(torch.cat([part.active_ratio for part in self.parts]).mean())
 
 
 class ReplayedText:
@@ -48,6 +57,7 @@ class ReplayedText:
         self._model, self._bf16 = model, bf16
         self._batches = list(batches(blocks, batch_size, model.device))
         self._tokens = sum(int((batch["attention_mask"] != 0).sum()) for batch in self._batches)
+        self.sequences = blocks.num_rows
         self._predicted = sum(int(_is_predicted(batch).sum()) for batch in self._batches)
         self._work = torch.tensor([float(sum(model.work[layer] for layer in layers)) for layers in model.gated_layers])
         graph = model.hard_graph().graph
@@ -64,29 +74,34 @@ class ReplayedText:
         self._inputs = [*shared, *(user for node in shared[1:] for user in node.users)]
         self._dense = [self._of_batch(index, [0.0] * len(self._work))[1].half() for index in range(len(self._batches))]
 
-    def run(self, thresholds: Sequence[float], before: Replay | None = None, gate: int = 0) -> Replay:
-        """At `thresholds`; after a run that differs from it in the threshold of `gate` alone, from there on only."""
-        parts = []
-        for index, batch in enumerate(self._batches):
-            earlier = None if before is None else before.parts[index]
-            values, logits = self._of_batch(index, thresholds, earlier, gate)
-            if earlier is not None and values is earlier.values:
-                parts.append(earlier)
-                continue
-            is_token = batch["attention_mask"] != 0
-            executed = torch.stack([(values[mask].squeeze(-1).bool() & is_token).sum() for mask in self._masks]).cpu()
-            lost = divergences(logits, self._dense[index], _is_predicted(batch)).double().sum()
-            parts.append(_Part(float(lost), executed, values))
-        spent = torch.stack([part.executed for part in parts]).sum(0).double() @ self._work.double()
-        return Replay(
-            sum(part.lost for part in parts) / self._predicted,
-            float(spent / (self._tokens * self._work.sum())),
-            tuple(parts),
+    def run(self, thresholds: Sequence[float]) -> Replay:
+        """At `thresholds`, from the beginning."""
+        return Replay(tuple(self._part(index, thresholds, None, 0) for index in range(len(self._batches))))
+
+    def parts(self, thresholds: Sequence[float], before: Replay, gate: int) -> Iterator[Part]:
+        """At `thresholds` that differ from those of `before` in that of `gate` alone, from there on; batch by batch."""
+        for index, earlier in enumerate(before.parts):
+            yield self._part(index, thresholds, earlier, gate)
+
+    def _part(self, index: int, thresholds: Sequence[float], earlier: Part | None, gate: int) -> Part:
+        batch = self._batches[index]
+        values, logits = self._of_batch(index, thresholds, earlier, gate)
+        if earlier is not None and values is earlier.values:
+            return earlier
+        is_token, predicted = batch["attention_mask"] != 0, _is_predicted(batch)
+        lost = torch.zeros(predicted.shape, dtype=torch.float64, device=predicted.device)
+        lost[predicted] = divergences(logits, self._dense[index], predicted).double()
+        executed = torch.stack([(values[mask].squeeze(-1).bool() & is_token).sum(-1) for mask in self._masks], -1).cpu()
+        spent = executed.double() @ self._work.double()
+        return Part(
+            lost.sum(-1).cpu() * (self.sequences / self._predicted),
+            spent * (self.sequences / (self._tokens * float(self._work.sum()))),
+            values,
         )
 
     @torch.no_grad()
     def _of_batch(
-        self, index: int, thresholds: Sequence[float], earlier: _Part | None = None, gate: int = 0
+        self, index: int, thresholds: Sequence[float], earlier: Part | None = None, gate: int = 0
     ) -> tuple[dict[fx.Node, Any], torch.Tensor]:
         """What the nodes hold, and the logits; the very values of `earlier` if `gate` decides as it did."""
         self._model.set_router_mode(thresholds)

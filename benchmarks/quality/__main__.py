@@ -27,7 +27,7 @@ from modcompile.reused_memory import reuse_freed_memory
 _WORKS = (0.95, 0.9, 0.8, 0.7)
 _TARGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 _WINDOW = 512
-_SEARCHED_TARGETS, _SEARCHED_WINDOWS = (0.95, 0.9, 0.8, 0.65), 12
+_SEARCHED_TARGETS, _SEARCHED_WINDOWS = (0.95, 0.9, 0.8, 0.7), 24
 _FILE = "quality.json"
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from benchmarks.quality.recipes import ROUTED, Recipe
@@ -19,10 +20,13 @@ from modcompile.perplexity import measure
 from modcompile.threshold_search import search_thresholds
 from modcompile.tracing import find_layers
 
+_MOVES = (-0.3, 0.0, 0.3)
+"""Of all thresholds that were searched for a budget, in logits: a search takes minutes, and serves budgets near it."""
+
 SEARCHED, RANDOM = "routed, thresholds searched", "random tokens"
 
 Points = dict[str, dict[str, list[dict[str, float]]]]
-"""By way of skipping, then by text: `target`, `work`, and `perplexity` against dense."""
+"""By way of skipping, then by text: `target`, `work`, `perplexity` against dense; how far thresholds were `moved`."""
 
 
 def measured(
@@ -48,11 +52,18 @@ def searched(
 
     def measure_all() -> Points:
         model = load_with_routers(training.folder, use_cache=False)
-        thresholds = {
-            target: search_thresholds(model, calibration, _active_ratio(model, target), search, bf16=True).thresholds
-            for target in targets
-        }
-        return {SEARCHED: _points(model, texts, _dense(model, texts), thresholds)}
+        dense = _dense(model, texts)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in texts}
+        for target in targets:
+            thresholds = search_thresholds(
+                model, calibration, _active_ratio(model, target), search, bf16=True
+            ).thresholds
+            logits = torch.tensor(thresholds, dtype=torch.float64).logit()
+            for move in _MOVES:
+                moved = _points(model, texts, dense, {target: torch.sigmoid(logits + move).tolist()})
+                for name, points in moved.items():
+                    found[name] += [point | {"moved": move} for point in points]
+        return {SEARCHED: found}
 
     asked = _asked(training, texts, calibration, targets) | {"search": digest(search)}
     return _kept(beside(training.folder, ".searched.json"), asked, measure_all)

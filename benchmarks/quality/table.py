@@ -77,9 +77,11 @@ def _shares(result: dict[str, Any], way: str, text: str, works: Sequence[float])
 
 
 def _work_rows(result: dict[str, Any], way: str, texts: Sequence[str]) -> list[list[str]]:
+    """At the thresholds that are for the targets, not beside them."""
     rows = []
     for text in texts:
-        works = [[point.work for point in seed] for seed in points_of(result, way, text)]
+        seeds = [seed.get("points", {}).get(way, {}).get(text, []) for seed in result["seeds"].values()]
+        works = [[point["work"] for point in seed if not point.get("moved")] for seed in seeds if seed]
         if works:
             rows.append([text, *map(told, zip(*works, strict=True))])
     return rows

@@ -72,7 +72,11 @@ def test_thresholds_are_searched_once(training: Trained, train_file: Path, token
     text = train_file.read_text()
     texts, calibration = {"one": windows(text, tokenizer, 16, 2)}, windows(text, tokenizer, 16, 4)
     (points,) = searched(training, texts, calibration, calibration, [0.9, 0.6])[SEARCHED].values()
-    assert [point["target"] for point in points] == [0.9, 0.6]
+    assert [point["target"] for point in points] == [0.9] * 3 + [0.6] * 3
+    assert [point["moved"] for point in points] == [-0.3, 0.0, 0.3] * 2
+    works = [point["work"] for point in points]
+    assert works[0] >= works[1] >= works[2]
+    assert works[0] > works[2] or works[3] > works[5]
     kept = beside(training.folder, ".searched.json")
     as_they_were: Points = {SEARCHED: {"one": []}}
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "points": as_they_were}))

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
-from modcompile.replayed_text import ReplayedText
+from modcompile.replayed_text import Replay, ReplayedText
 from modcompile.restored_routing import restored_routing
 from tests.tiny_routed import tiny_adapted, tiny_decided_at_once, tiny_grouped, tiny_routed
 
@@ -69,7 +69,7 @@ def test_from_a_gate_on_it_is_as_from_the_beginning(model: RoutedForCausalLM, bl
     for _ in range(4):
         for gate in range(gates):
             thresholds[gate] = float(0.3 + 0.4 * torch.rand(()))
-            run = text.run(thresholds, run, gate)
+            run = Replay(tuple(text.parts(thresholds, run, gate)))
             again = text.run(thresholds)
             assert (run.divergence, run.active_ratio) == (again.divergence, again.active_ratio)
             seen.add(run.active_ratio)
@@ -80,7 +80,7 @@ def test_what_decides_alike_is_not_run_again(model: RoutedForCausalLM, blocks: D
     text = ReplayedText(model, blocks, batch_size=2)
     thresholds = [2.0] * len(model.gated_layers)
     before = text.run(thresholds)
-    again = text.run([3.0, *thresholds[1:]], before, 0)
+    again = Replay(tuple(text.parts([3.0, *thresholds[1:]], before, 0)))
     assert all(one is other for one, other in zip(again.parts, before.parts, strict=True))
 
 

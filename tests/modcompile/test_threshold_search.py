@@ -8,9 +8,9 @@ from modcompile.config import RouterConfig
 from modcompile.errors import ConfigError
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.perplexity import evaluate_model
-from modcompile.replayed_text import ReplayedText
+from modcompile.replayed_text import Part, Replay, ReplayedText
 from modcompile.routed_graph import build_routed
-from modcompile.threshold_search import search_thresholds
+from modcompile.threshold_search import paying, search_thresholds
 from tests.tiny_routed import tiny_base
 
 
@@ -90,3 +90,45 @@ def test_leaves_thresholds_where_every_token_is_alike(blocks: Dataset) -> None:
 def test_refuses_what_is_no_share(model: RoutedForCausalLM, blocks: Dataset) -> None:
     with pytest.raises(ConfigError, match=r"^--target_active_ratio is 1\.5"):
         search_thresholds(model, blocks, 1.5, blocks)
+
+
+def _parts(divergence: list[float], active_ratio: float = 0.5) -> tuple[Part, ...]:
+    """One a sequence."""
+    return tuple(Part(torch.tensor([each]), torch.tensor([active_ratio]), {}) for each in divergence)
+
+
+_HERE = Replay(_parts([1.0] * 6))
+
+
+@pytest.mark.parametrize("divergence", [[0.9, 0.95, 0.8, 0.9, 1.05, 0.9], [1.1, 0.85, 0.6, 0.7, 0.9, 0.9]])
+def test_what_saves_pays(divergence: list[float]) -> None:
+    parts = _parts(divergence)
+    found = paying(parts, _HERE, 0.0)
+    assert found is not None
+    assert found.parts == parts
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        pytest.param([0.9, 0.9, 1.1, 1.1, 1.1, 1.1], id="only at first"),
+        pytest.param([1.1, 1.1, 0.5, 0.5, 0.5, 0.5], id="too late"),
+        pytest.param([1.0] * 6, id="nothing"),
+    ],
+)
+def test_what_saves_nothing_does_not_pay(divergence: list[float]) -> None:
+    assert paying(_parts(divergence), _HERE, 0.0) is None
+
+
+def test_work_is_paid_for() -> None:
+    less_work = _parts([1.1, 1.11, 1.09, 1.1, 1.1, 1.1], 0.3)
+    assert paying(less_work, _HERE, 0.4) is None
+    assert paying(less_work, _HERE, 0.6) is not None
+
+
+@pytest.mark.parametrize(("divergence", "run"), [([1.1, 1.1], 2), ([1.1, 0.7, 1.1, 1.2], 4)])
+def test_what_does_not_pay_is_given_up(divergence: list[float], run: int) -> None:
+    """After a third of the batches, not before."""
+    parts = iter(_parts([*divergence, *[0.0] * (6 - run)]))
+    assert paying(parts, _HERE, 0.0) is None
+    assert len(list(parts)) == 6 - run
