@@ -17,7 +17,7 @@ from modcompile.png_files import write_png
 from modcompile.restored_routing import restored_routing
 from modcompile.tracing import eval_mode
 
-TOKENS_PER_ROW = 64
+TOKENS_PER_ROW = 48
 _VISIBLE = {"\n": "⏎", "\t": "⇥", " ": "␣"}
 
 
@@ -69,7 +69,7 @@ def draw_routes(routes: Routes) -> Figure:
     """One panel for every `TOKENS_PER_ROW` tokens, layers from the bottom up, each token under its column."""
     count = len(routes.tokens)
     rows = -(-count // TOKENS_PER_ROW)
-    height = 0.11 * len(routes.layers) + 1.2
+    height = 0.12 * len(routes.layers) + 1.4
     figure = Figure(figsize=(13, height * rows), dpi=120, layout="constrained")
     panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
     for number, axes in enumerate(panels):
@@ -77,8 +77,8 @@ def draw_routes(routes: Routes) -> Figure:
         tokens, executed = routes.tokens[part], routes.executed[:, part]
         axes.imshow(executed, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
         labels = [_visible(token) for token in tokens]
-        axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6, fontfamily="monospace", parse_math=False)
-        axes.set_yticks(range(len(routes.layers)), routes.layers, fontsize=5)
+        axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8, fontfamily="monospace", parse_math=False)
+        axes.set_yticks(range(len(routes.layers)), routes.layers, fontsize=6.5)
         axes.set_xlim(-0.5, TOKENS_PER_ROW - 0.5)
         axes.set_ylabel("layer")
     panels[0].set_title(f"executed (dark) for {count} tokens: {routes.executed.mean():.3f} of all")
