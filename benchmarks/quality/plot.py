@@ -56,7 +56,7 @@ def _draw(axes: Axes, way: str, seeds: list[list[Point]], style: str, color: str
     whole = [seed for seed in seeds if len(seed) == longest]
     line = [] if way == ORIGINAL else [DENSE]
     line += [_median(points) for points in zip(*whole, strict=True)]
-    line = [point for point in line if math.isfinite(point.perplexity)]
+    line = sorted((point for point in line if math.isfinite(point.perplexity)), key=lambda point: -point.work)
     axes.plot([each.work for each in line], [each.perplexity for each in line], style, color=color, label=way)
     spread = [point for seed in seeds for point in seed]
     axes.plot([each.work for each in spread], [each.perplexity for each in spread], ".", color=color, alpha=0.5, ms=4)
