@@ -14,8 +14,8 @@ from modcompile.corpus import builtin_documents
 from modcompile.durable_files import replace_file
 
 # At a temperature of 0.8 these read better; routers then lost less at 0.95 and 0.9 on prose and WikiText-2, more at 0.8
-# everywhere, and on code. Wikipedia and news in the place of two thirds of all text: less on WikiText-2 at 0.95 and 0.9,
-# more on all others (one run each, seed 0).
+# everywhere, and on code. Wikipedia and news in the place of two thirds of all text: less on WikiText-2 at 0.95 and
+# 0.9, more on all others (one run each, seed 0).
 _TEXTS = 256
 """That the model writes, of 256 tokens."""
 _PROSE = 128
