@@ -8,9 +8,9 @@ work that is done, is least. The price is what work is worth at the start: of al
 saves nothing on a third of the text, or more of it, is given up: most are, so that twice the text takes as long.
 
 It needs text: searched on 2,000 tokens, SmolLM2 at 0.8 of the work lost less on prose and more on texts of other kinds;
-on 12,000, perplexity there was 1 to 2 % lower on four kinds of text (the median of two trainings). Two ways to move
-less by chance were no better: steps that save more than their standard error over sequences, and more than a thousandth
-of the divergence. A second pass gained a quarter of what the first did, on the text that is searched.
+on 12,000, perplexity there was 1 to 2 % lower on four kinds of text (the median of two trainings). To move only where
+more than the standard error over sequences is saved was no better (one run). A second pass gained a quarter of what the
+first did, on the text that is searched.
 """
 
 from collections.abc import Iterable

@@ -12,8 +12,13 @@ _WAYS = (ROUTED, SEARCHED, STATIC, RANDOM)
 
 def points_of(result: dict[str, Any], way: str, text: str) -> list[list[Point]]:
     """By seed, those of a way of skipping on a text; a seed in which it was not measured is left out."""
+    return [[Point(point["work"], point["perplexity"]) for point in points] for points in _measured(result, way, text)]
+
+
+def _measured(result: dict[str, Any], way: str, text: str) -> list[list[dict[str, float]]]:
+    """The same with all that was written of them."""
     seeds = [seed.get("points", {}).get(way, {}).get(text, []) for seed in result["seeds"].values()]
-    return [[Point(point["work"], point["perplexity"]) for point in points] for points in seeds if points]
+    return [points for points in seeds if points]
 
 
 def tables(result: dict[str, Any], works: Sequence[float]) -> str:
@@ -80,8 +85,8 @@ def _work_rows(result: dict[str, Any], way: str, texts: Sequence[str]) -> list[l
     """At the thresholds that are for the targets, not beside them."""
     rows = []
     for text in texts:
-        seeds = [seed.get("points", {}).get(way, {}).get(text, []) for seed in result["seeds"].values()]
-        works = [[point["work"] for point in seed if not point.get("moved")] for seed in seeds if seed]
+        seeds = _measured(result, way, text)
+        works = [[point["work"] for point in seed if not point.get("moved")] for seed in seeds]
         if works:
             rows.append([text, *map(told, zip(*works, strict=True))])
     return rows
