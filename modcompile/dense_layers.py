@@ -28,6 +28,11 @@ class DenseLayers:
         self._watched = [(self._graph.get_submodule("prologue"), int(first.args[1]))]
         self._watched += [(self._graph.get_submodule(str(call.target)), 0) for call in calls]
 
+    @property
+    def count(self) -> int:
+        """Of layers, or halves."""
+        return len(self._watched) - 1
+
     def run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits `[B, T, V]`, and the hidden states `[B, T, H]` in front of every layer and behind the last.
 

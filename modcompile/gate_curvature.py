@@ -15,6 +15,11 @@ predictions alike, the mean of `s'(g) ** 2` over labels that are drawn from the 
 the negative logarithm of their probability (Amari, 1998). One label is drawn for every token of a step, for one more
 backward pass through the model. As labels are drawn independently, the square of what all of them say together is, in
 the mean, the sum over the tokens that a gate has an effect on.
+
+A square counts as a nat at most. Few of them are of tens and hundreds, where nothing is left of the second order, and
+they were nearly all of the gradient: what is to be clipped for them leaves nothing to learn for adapters, and what Adam
+divides by stays large for the rest of a short training. A block that saves a token a nat is worth executing at any
+price, whatever it saves beyond.
 """
 
 from collections.abc import Sequence
@@ -24,6 +29,7 @@ from torch import nn
 
 from modcompile.modeling import RoutedCausalLMOutput, RoutedForCausalLM
 
+_MOST = 1.0  # of a squared slope, in nats
 _TOKENS = 64  # whose logits are worked on at a time, as in `distillation`
 
 
@@ -50,7 +56,7 @@ class GateCurvature:
         slopes = _slopes(output.logits, gates, is_predicting)
         weights = shares.view(-1, 1, 1)
         terms = [
-            (weights * (0.5 - gate.detach()) * slope.square() * gate).sum()
+            (weights * (0.5 - gate.detach()) * slope.square().clamp(max=_MOST) * gate).sum()
             for gate, slope in zip(gates, slopes, strict=True)
         ]
         total = torch.stack(terms).sum()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from modcompile.dense_layers import DenseLayers
 from modcompile.granularity import Granularity
+from modcompile.required_memory import require_memory
 
 _NUM_LABELS = 2
 """Drawn for every token. Costs are noisy, and what is learned from them are means over thousands of tokens."""
@@ -45,23 +46,30 @@ def trace_dense(
     """Run a base model on `blocks`, as `tokenize_and_pack` makes them; in float32, on its device.
 
     Takes memory for about `(1 + 2) * N * L * H` numbers.
+
+    Raises:
+        ConfigError: there is not as much.
     """
     generator = torch.Generator(base.device).manual_seed(seed)
-    states: list[list[torch.Tensor]] = []
-    gradients: list[list[torch.Tensor]] = []
     layers = DenseLayers(base, granularity)
+    num_tokens = sum(sum(row) for row in blocks["attention_mask"])
+    numbers = (1 + _NUM_LABELS) * num_tokens * layers.count * base.config.hidden_size
+    require_memory(numbers, base.device, "--router_start_samples", "fewer of them, or a shorter --sequence_length")
+    # Each as one tensor from the start: joined at the end, they would take twice the memory.
+    size, device = base.config.hidden_size, base.device
+    states = [torch.empty(num_tokens, size, device=device) for _ in range(layers.count + 1)]
+    gradients = [torch.empty(_NUM_LABELS, num_tokens, size, device=device) for _ in range(layers.count)]
+    begin = 0
     with torch.enable_grad():
         for is_token, logits, seen in layers.over(blocks, batch_size, "Tracing the dense model"):
-            drawn = [
-                [gradient[is_token].float() for gradient in each]
-                for each in _gradients(logits[is_token], seen[1:], generator)
-            ]
-            states.append([state.detach()[is_token].float() for state in seen])
-            gradients.append([torch.stack(each) for each in zip(*drawn, strict=True)])
-    return DenseTrace(
-        [torch.cat(each) for each in zip(*states, strict=True)],
-        [torch.cat(each, 1) for each in zip(*gradients, strict=True)],
-    )
+            rows = slice(begin, begin + int(is_token.sum()))
+            for number, drawn in enumerate(_gradients(logits[is_token], seen[1:], generator)):
+                for kept, gradient in zip(gradients, drawn, strict=True):
+                    kept[number, rows] = gradient[is_token].float()
+            for kept, state in zip(states, seen, strict=True):
+                kept[rows] = state.detach()[is_token].float()
+            begin = rows.stop
+    return DenseTrace(states, gradients)
 
 
 def _gradients(

@@ -155,6 +155,17 @@ def test_sequences_count_as_their_shares_say() -> None:
         torch.testing.assert_close(other, one * torch.tensor([2.0, 0.5]).view(2, 1, 1))
 
 
+def test_no_token_adds_more_than_half_a_nat() -> None:
+    model = _model()
+    with torch.no_grad():
+        model.base.get_output_embeddings().weight *= 100  # words that are nearly certain
+    curvature, output = GateCurvature(model), model(IDS, MASK)
+    torch.manual_seed(0)
+    added = torch.cat(_mean_correction(curvature, output, 1))
+    assert float(added.min()) == -0.5
+    assert float(added.max()) == 0.5
+
+
 def test_padding_has_no_curvature() -> None:
     model = _model()
     output = model(IDS, MASK)
