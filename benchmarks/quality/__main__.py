@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.measuring import RANDOM, SEARCHED, measured, searched
+from benchmarks.quality.measuring import measured, searched
 from benchmarks.quality.plot import plot
-from benchmarks.quality.recipes import NAMES, ROUTED, recipes
+from benchmarks.quality.recipes import NAMES, RANDOM, ROUTED, SEARCHED, by_way, recipes
 from benchmarks.quality.runs import mixed_text, trainable_share, trained, training_texts
 from benchmarks.quality.seeds import kept_seeds
 from benchmarks.quality.table import tables
@@ -46,7 +46,7 @@ def main() -> None:
     results = Path(args.results_dir)
     how: dict[str, Any] = {
         "model": args.model,
-        "recipes": {recipe.folder: recipe.flags for recipe in recipes(_WORKS)},
+        "recipes": by_way(recipes(_WORKS)),
         "steps": args.steps,
         "windows": args.windows,
         "window": _WINDOW,
@@ -58,14 +58,15 @@ def main() -> None:
     }
     chosen = [recipe for recipe in recipes(_WORKS) if NAMES[recipe.way] in args.ways]
     found_anew = {recipe.way for recipe in chosen}
-    found_anew |= {SEARCHED, RANDOM} if ROUTED in found_anew else set()
+    found_anew |= {RANDOM} if ROUTED in found_anew else set()
+    found_anew |= {SEARCHED} if ROUTED in found_anew and args.search else set()
     seeds = kept_seeds(results / _FILE, how, args.seeds, found_anew)
     result = how | {"seeds": dict(sorted(seeds.items(), key=lambda item: int(item[0])))}
     for seed, recipe in product(args.seeds, chosen):
         training = trained(recipe, args.model, file, args.steps, seed, folder)
         of_seed = result["seeds"][str(seed)]
         points_found = measured(training, recipe, texts, calibration, _TARGETS)
-        if recipe.way == ROUTED:
+        if recipe.way == ROUTED and args.search:
             points_found = points_found | searched(training, texts, calibration, search, _SEARCHED_TARGETS)
         for way, found in points_found.items():
             of_way = of_seed.setdefault("points", {}).setdefault(way, {})
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trainings (default: %(default)s)")
     ways = list(NAMES.values())
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways, help="what is trained (default: all of them)")
+    parser.add_argument("--search", action="store_true", help="also search thresholds gate by gate (20 minutes a seed)")
     parser.add_argument("--windows", type=int, default=4, help="of each text, at most (default: %(default)s)")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH", help="another text to measure on")
     parser.add_argument("--work_dir", default="build/quality", help="what is kept lies here (default: %(default)s)")

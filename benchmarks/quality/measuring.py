@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from benchmarks.quality.recipes import ROUTED, Recipe
+from benchmarks.quality.recipes import RANDOM, ROUTED, SEARCHED, Recipe
 from benchmarks.quality.runs import Trained, beside
 from benchmarks.quality.texts import digest, digests
 from modcompile.artifacts import load_with_routers
@@ -22,8 +22,6 @@ from modcompile.tracing import find_layers
 
 _MOVES = (-0.3, 0.0, 0.3)
 """Of all thresholds that were searched for a budget, in logits: a search takes minutes, and serves budgets near it."""
-
-SEARCHED, RANDOM = "routed, thresholds searched", "random tokens"
 
 Points = dict[str, dict[str, list[dict[str, float]]]]
 """By way of skipping, then by text: `target`, `work`, `perplexity` against dense; how far thresholds were `moved`."""

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.quality.figures import DENSE, Point
-from benchmarks.quality.measuring import RANDOM, SEARCHED
-from benchmarks.quality.recipes import ORIGINAL, ROUTED, STATIC
+from benchmarks.quality.recipes import ORIGINAL, RANDOM, ROUTED, SEARCHED, STATIC
 from benchmarks.quality.table import points_of
 from modcompile.png_files import write_png
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality.figures import Point, perplexity_at, share_of_loss, told
-from benchmarks.quality.measuring import RANDOM, SEARCHED
-from benchmarks.quality.recipes import ORIGINAL, ROUTED, STATIC
+from benchmarks.quality.recipes import ORIGINAL, RANDOM, ROUTED, SEARCHED, STATIC
 
 _WAYS = (ROUTED, SEARCHED, STATIC, RANDOM)
 

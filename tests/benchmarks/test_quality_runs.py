@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.quality.measuring import RANDOM, SEARCHED, Points, measured, searched
-from benchmarks.quality.recipes import ROUTED, STATIC, Recipe
+from benchmarks.quality.measuring import Points, measured, searched
+from benchmarks.quality.recipes import RANDOM, ROUTED, SEARCHED, STATIC, Recipe
 from benchmarks.quality.runs import Trained, beside, mixed_text, trainable_share, trained
 from benchmarks.quality.texts import windows
 from modcompile.packing import tokenize_and_pack

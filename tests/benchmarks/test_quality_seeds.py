@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.quality.seeds import kept_seeds
 
-HOW: dict[str, Any] = {"steps": 70, "texts": {"prose": "a digest"}}
+RECIPES = {"routed": {"routed": "--price 1"}, "static": {"static-0.9": "--ratio 0.9"}}
+HOW: dict[str, Any] = {"steps": 70, "texts": {"prose": "a digest"}, "recipes": RECIPES}
 SEEDS: dict[str, Any] = {
     "0": {"minutes": 9.0, "points": {"routed": {"prose": [1]}, "static": {"prose": [2]}}},
     "1": {"minutes": 10.0, "points": {"routed": {"prose": [3]}}},
@@ -34,6 +35,15 @@ def test_keeps_what_is_not_asked_for_again(file: Path) -> None:
 @pytest.mark.parametrize("other", [{"steps": 71}, {"texts": {"prose": "another"}}, {"windows": 4}])
 def test_keeps_nothing_that_was_found_in_another_way(file: Path, other: dict[str, Any]) -> None:
     assert kept_seeds(file, HOW | other, [2], ["routed"]) == {"2": {}}
+
+
+def test_keeps_ways_whose_recipe_is_the_same(file: Path) -> None:
+    other = {"recipes": RECIPES | {"routed": {"routed": "--price 2"}}}
+    assert kept_seeds(file, HOW | other, [2], ["routed"]) == {"0": {"points": {"static": {"prose": [2]}}}, "2": {}}
+    other = {"recipes": RECIPES | {"static": {"static-0.9": "--ratio 0.8"}}}
+    found = kept_seeds(file, HOW | other, [2], ["routed"])
+    assert found["0"] == {"minutes": 9.0, "points": {"routed": {"prose": [1]}}}
+    assert found["1"] == SEEDS["1"]
 
 
 def test_keeps_nothing_where_there_is_nothing(tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from benchmarks.quality.measuring import RANDOM, SEARCHED
 from benchmarks.quality.plot import plot
-from benchmarks.quality.recipes import ORIGINAL, ROUTED, STATIC
+from benchmarks.quality.recipes import ORIGINAL, RANDOM, ROUTED, SEARCHED, STATIC
 from benchmarks.quality.table import tables
 
 
