@@ -22,15 +22,13 @@ divides by stays large for the rest of a short training. A block that saves a to
 price, whatever it saves beyond.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
+from modcompile.drawn_labels import label_gradient
 from modcompile.modeling import RoutedCausalLMOutput, RoutedForCausalLM
 
 _MOST = 1.0  # of a squared slope, in nats
-_TOKENS = 64  # whose logits are worked on at a time, as in `distillation`
 
 
 class GateCurvature:
@@ -53,7 +51,8 @@ class GateCurvature:
         """
         assert output.gates is not None and output.logits is not None
         gates = list(dict.fromkeys(output.gates))  # layers that share a gate each have it
-        slopes = _slopes(output.logits, gates, is_predicting)
+        of_labels = label_gradient(output.logits, is_predicting)
+        slopes = torch.autograd.grad(output.logits, gates, of_labels, retain_graph=True)
         weights = shares.view(-1, 1, 1)
         terms = [
             (weights * (0.5 - gate.detach()) * slope.square().clamp(max=_MOST) * gate).sum()
@@ -70,20 +69,3 @@ class GateCurvature:
 
 def _detach(router: nn.Module, hidden_state: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     return (hidden_state[0].detach(),) if router.training else hidden_state
-
-
-def _slopes(
-    logits: torch.Tensor, gates: Sequence[torch.Tensor], is_predicting: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """The derivatives at each gate `[B, T, 1]` of -log p(label), for drawn labels, summed over predicting tokens."""
-    flat = logits.detach().flatten(0, 1)
-    gradient = torch.zeros_like(flat)
-    for rows in is_predicting.flatten().nonzero().squeeze(1).split(_TOKENS):
-        probabilities = flat[rows].float().softmax(-1)
-        # Not torch.multinomial, which draws a number for every word: that took a quarter of a step.
-        below = probabilities.cumsum(-1)
-        drawn = torch.rand_like(below[:, :1]) * below[:, -1:]
-        labels = torch.searchsorted(below, drawn).clamp(max=below.shape[-1] - 1)
-        minus_one = probabilities.new_tensor(-1.0).expand(labels.shape)
-        gradient[rows] = probabilities.scatter_add(1, labels, minus_one).to(gradient.dtype)
-    return torch.autograd.grad(logits, gates, gradient.view_as(logits), retain_graph=True)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from modcompile.dense_layers import DenseLayers
+from modcompile.drawn_labels import label_gradient
 from modcompile.granularity import Granularity
 from modcompile.required_memory import require_memory
 
@@ -63,23 +64,13 @@ def trace_dense(
     with torch.enable_grad():
         for is_token, logits, seen in layers.over(blocks, batch_size, "Tracing the dense model"):
             rows = slice(begin, begin + int(is_token.sum()))
-            for number, drawn in enumerate(_gradients(logits[is_token], seen[1:], generator)):
-                for kept, gradient in zip(gradients, drawn, strict=True):
+            for number in range(_NUM_LABELS):
+                of_labels = label_gradient(logits, is_token, generator)
+                more = number + 1 < _NUM_LABELS
+                found = torch.autograd.grad(logits, seen[1:], of_labels, retain_graph=more)
+                for kept, gradient in zip(gradients, found, strict=True):
                     kept[number, rows] = gradient[is_token].float()
             for kept, state in zip(states, seen, strict=True):
                 kept[rows] = state.detach()[is_token].float()
             begin = rows.stop
     return DenseTrace(states, gradients)
-
-
-def _gradients(
-    logits: torch.Tensor, states: list[torch.Tensor], generator: torch.Generator
-) -> list[tuple[torch.Tensor, ...]]:
-    """For each drawn set of labels, the gradients of their summed loss at the states."""
-    shares = logits.detach().float().softmax(-1)
-    found = []
-    for number in range(_NUM_LABELS):
-        labels = torch.multinomial(shares, 1, generator=generator).squeeze(1)
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        found.append(torch.autograd.grad(loss, states, retain_graph=number + 1 < _NUM_LABELS))
-    return found
