@@ -112,14 +112,15 @@ class ExportConfig:
     always_active: str | None = field(
         default=None,
         metadata={
-            "help": "Layers, such as 0-3,7, to execute always, without their gates; all makes a dense artifact. Of "
-            "routed folders."
+            "help": "Layers, such as 0-3,7, to execute always, without their gates; all makes a dense artifact. Halves "
+            "of layers (granularity) are 7.attn, 7.mlp. Of routed folders."
         },
     )
     always_skipped: str | None = field(
         default=None,
         metadata={
-            "help": "Layers to skip always, of which only what makes keys and values is kept. Of routed folders."
+            "help": "Layers to skip always, named alike, of which only what makes keys and values is kept. Of routed "
+            "folders."
         },
     )
     weights: Literal["fp32", "fp16", "int8", "int4"] = field(

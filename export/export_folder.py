@@ -168,7 +168,8 @@ def export_folder(
     with staged_folder(output, overwrite=overwrite, is_ours=is_onnx_folder) as staging:
         if model.foldable is not None:
             gates = model.foldable.model.gated_layers
-            asked = asked_folding(config.always_active, config.always_skipped, gates)
+            granularity = model.foldable.model.router_config.granularity
+            asked = asked_folding(config.always_active, config.always_skipped, gates, granularity)
             # What untrained routers do on some text says nothing about what they will do.
             if config.fold_gates == "auto" and has_trained_routers(source):
                 with _timed("folding gates", seconds):

@@ -8,7 +8,8 @@ from torch import fx
 
 from modcompile.errors import ConfigError
 from modcompile.export.folded_layers import ALWAYS_ACTIVE, ALWAYS_SKIPPED, names_of
-from modcompile.layer_ranges import layers_in, name_of
+from modcompile.granularity import Granularity, halves_blocks, halves_of, label_of, layer_of
+from modcompile.layer_ranges import layers_in, name_of, runs_of
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.passes import harden_gates, lower_gates
 from modcompile.passes.fold_gates import fold_gates
@@ -53,35 +54,57 @@ class Folding:
 UNFOLDED = Folding()
 
 
-def asked_folding(always_active: str | None, always_skipped: str | None, gates: Sequence[range]) -> Folding:
+def asked_folding(
+    always_active: str | None, always_skipped: str | None, gates: Sequence[range], granularity: Granularity = "block"
+) -> Folding:
     """The gates whose layers are named, in lists such as `0-3,7`, or `all`.
+
+    Where gates are of halves, `7` is what is gated of layer 7 of the model, and `7.mlp` is one half of it.
 
     Raises:
         ConfigError: a list is none, or names a layer without a gate, some but not all layers of a gate, or a layer that
             the other names, too.
     """
-    active = _named("always_active", always_active, gates)
-    skipped = _named("always_skipped", always_skipped, gates)
+    active = _named("always_active", always_active, gates, granularity)
+    skipped = _named("always_skipped", always_skipped, gates, granularity)
     for layers in active:
         if layers in skipped:
-            raise ConfigError(f"--always_active and --always_skipped both name layer {layers[0]}; take one of them")
+            layer = label_of(layers[0], granularity)
+            raise ConfigError(f"--always_active and --always_skipped both name layer {layer}; take one of them")
     return Folding(active, skipped)
 
 
-def _named(flag: str, text: str | None, gates: Sequence[range]) -> tuple[range, ...]:
+def _named(flag: str, text: str | None, gates: Sequence[range], granularity: Granularity) -> tuple[range, ...]:
     if text is None:
         return ()
     if text == _ALL:
         return tuple(gates)
-    try:
-        named = set(layers_in(text))
-    except ValueError as error:
-        raise ConfigError(f"--{flag} is {text!r}; give layers, such as 0-3,7, or {_ALL}") from error
     routed = {layer for layers in gates for layer in layers}
-    for layer in sorted(named - routed):
-        raise ConfigError(f"--{flag} names layer {layer}, which has no gate; gates have {names_of(gates)}")
+    halves = {label_of(layer, granularity): layer for layer in routed} if halves_blocks(granularity) else {}
+    named: set[int] = set()
+    for name in text.split(","):
+        if name in halves:
+            named.add(halves[name])
+            continue
+        try:
+            layers_named = layers_in(name)
+        except ValueError as error:
+            example = "0-3,7.mlp" if halves else "0-3,7"
+            raise ConfigError(f"--{flag} is {text!r}; give layers, such as {example}, or {_ALL}") from error
+        for layer in layers_named:
+            parts = set(halves_of(layer, granularity))
+            if not parts & routed:
+                known = _known(gates, granularity)
+                raise ConfigError(f"--{flag} names layer {layer}, which has no gate; gates have {known}")
+            named |= parts
     found = tuple(layers for layers in gates if named & set(layers))
     for layers in found:
         for layer in sorted(set(layers) - named):
             raise ConfigError(f"--{flag} leaves out layer {layer} of {name_of(layers)}, which share a gate; name all")
     return found
+
+
+def _known(gates: Sequence[range], granularity: Granularity) -> str:
+    """The layers of the model that have gates."""
+    layers = sorted({layer_of(layer, granularity) for gate in gates for layer in gate})
+    return names_of(runs_of(layers)) if halves_blocks(granularity) else names_of(gates)

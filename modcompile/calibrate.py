@@ -29,9 +29,12 @@ from modcompile.evaluation_text import (
 )
 from modcompile.flags import parse_flags
 from modcompile.modeling import RoutedForCausalLM
+from modcompile.precision_folder import holds_precisions
 from modcompile.progress import show_elapsed
 from modcompile.reused_memory import reuse_freed_memory
 from modcompile.threshold_search import search_thresholds
+
+_SEARCHED = 24
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class CalibrationConfig:
 
     target_active_ratio: list[float] = field(
         default_factory=lambda: [0.9],
-        metadata={"help": "Shares of (token, routed layer) pairs that shall be executed, in [0, 1] (default: 0.9)."},
+        metadata={"help": "Shares of (token, routed layer) pairs that shall be executed, in [0, 1]."},
     )
     threshold_scope: ThresholdScope = field(
         default="global",
@@ -63,10 +66,11 @@ class CalibrationConfig:
     )
     max_samples: int = field(default=24, metadata={"help": "At most this many sequences, drawn at random."})
     search_samples: int = field(
-        default=24,
+        default=_SEARCHED,
         metadata={
-            "help": "Sequences whose loss is measured for --threshold_scope searched; a few are too few. The hidden "
-            "states between all blocks are held for them: 5 GiB for 24 of 512 tokens, 30 layers of 576."
+            "help": "Of these sequences, the first so many are those whose loss is measured for --threshold_scope "
+            "searched; a few are too few. The hidden states between all blocks are held for them: 5 GiB for 24 of 512 "
+            "tokens, 30 layers of 576."
         },
     )
     batch_size: int = field(default=4, metadata={"help": "Sequences in a call of the model."})
@@ -84,6 +88,12 @@ class CalibrationConfig:
         check("sequence_length", self.sequence_length, at_least=2)
         check("max_samples", self.max_samples, at_least=1)
         check("search_samples", self.search_samples, at_least=1)
+        if self.search_samples > self.max_samples and self.search_samples != _SEARCHED:
+            raise ConfigError(
+                f"--search_samples {self.search_samples} are of --max_samples {self.max_samples}; make that as many"
+            )
+        if self.threshold_scope != "searched" and (self.bf16 or self.search_samples != _SEARCHED):
+            raise ConfigError("--search_samples and --bf16 are for a search; add --threshold_scope searched")
         check("batch_size", self.batch_size, at_least=1)
 
 
@@ -97,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
     )
     folder = Path(given)
+    if holds_precisions(folder):
+        raise ConfigError(
+            f"{folder} has precisions, whose depth gates can't be calibrated; calibrate the routed folder that it was "
+            "made from, and give the threshold as a number"
+        )
     read_router_config(folder)
     text = EvaluationTextConfig(config.text_file, config.sequence_length, config.max_samples, config.seed)
     blocks = (

@@ -116,7 +116,9 @@ def number_for(folder: Path, hard_threshold: float | str) -> float:
         ConfigError: it is `auto`.
     """
     if isinstance(hard_threshold, str):
-        raise ConfigError(f"--hard_threshold {hard_threshold} is for routed folders, {folder} needs a number")
+        raise ConfigError(
+            f"--hard_threshold {hard_threshold} is for routed folders without precisions; give a number for {folder}"
+        )
     return hard_threshold
 
 
@@ -125,8 +127,9 @@ def threshold_for(folder: Path, hard_threshold: float | str) -> float | list[flo
 
     Raises:
         ArtifactError: there are none, or the file is damaged.
-        ConfigError: there are none for that budget.
+        ConfigError: it is none of these, or there are none for that budget.
     """
+    check_hard_threshold(hard_threshold)
     if not isinstance(hard_threshold, str):
         return hard_threshold
     found = read_thresholds(folder)

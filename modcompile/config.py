@@ -237,6 +237,8 @@ class BudgetConfig:
         check("price_spread", self.price_spread, at_least=1)
         if self.budget_loss == "price":
             check("router_lambda", self.router_lambda, above=0)
+            if self.target_warmup_ratio:
+                raise ConfigError("--target_warmup_ratio is of a target, and a price has none; leave it out")
         elif self.price_spread != 1:
             raise ConfigError("--price_spread is of prices; add --budget_loss price")
 

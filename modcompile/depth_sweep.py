@@ -15,6 +15,7 @@ from modcompile.progress import show_elapsed
 from modcompile.static_selection import select_static, thresholds_of
 
 ROUTER, STATIC, STATIC_ALONE, RANDOM = "router", "static", "static without adapters", "random"
+WAYS = (ROUTER, STATIC, STATIC_ALONE, RANDOM)
 DENSE = "dense"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from modcompile.artifacts import load_with_routers, read_router_config
 from modcompile.calibrated_thresholds import check_hard_threshold, parse_threshold, threshold_for
 from modcompile.config import RouterConfig, check
-from modcompile.depth_sweep import DENSE, ROUTER, Sweep, sweep_depth
+from modcompile.depth_sweep import DENSE, ROUTER, WAYS, Sweep, sweep_depth
 from modcompile.devices import fastest_device
 from modcompile.errors import ConfigError
 from modcompile.evaluation_text import (
@@ -59,7 +59,7 @@ class DepthEvaluationConfig:
     )
     sweep_active_ratios: list[float] = field(
         default_factory=lambda: [0.95, 0.9, 0.8, 0.7],
-        metadata={"help": "Shares of (token, routed layer) pairs, in [0, 1] (default: 0.95 0.9 0.8 0.7)."},
+        metadata={"help": "Shares of (token, routed layer) pairs, in [0, 1]."},
     )
     sweep_samples: int = field(
         default=8,
@@ -103,6 +103,9 @@ class DepthEvaluationConfig:
         check("static_candidates", self.static_candidates, at_least=1)
         if self.sweep_speed and not self.sweep:
             raise ConfigError("--sweep_speed is of the points of a sweep; add --sweep")
+        for name in self.beside:
+            if name in WAYS:
+                raise ConfigError(f"--beside {name} is also what a sweep calls a way of skipping; give ./{name}")
         check_hard_threshold(self.hard_threshold)
         check("batch_size", self.batch_size, at_least=1)
 
@@ -125,6 +128,7 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
     # Before minutes of work: whether there is what is to be measured.
     decoded = [_tokens(blocks[row]) for row in range(min(_DECODED_TEXTS, blocks.num_rows))]
     speed = SweepSpeed(folder, len(model.gated_layers), decoded) if config.sweep_speed else None
+    others = measure_beside(config.beside, model, blocks, batch_size=config.batch_size)
     evaluation = evaluate_model(model, blocks, hard_threshold=thresholds, batch_size=config.batch_size)
     print(_table(evaluation, config, router, text))
     if config.route_map_tokens:
@@ -148,9 +152,7 @@ def evaluate_depth(folder: Path, text: EvaluationTextConfig, config: DepthEvalua
             with show_elapsed("measuring speeds"):
                 dense = [[0.0] * len(model.gated_layers)]
                 sweep = replace(sweep, speeds=speed.measure({DENSE: dense, **sweep.thresholds}))
-    if config.beside:
-        others = measure_beside(config.beside, model, blocks, batch_size=config.batch_size)
-        sweep = replace(sweep, ways=sweep.ways | {name: [measured] for name, measured in others.items()})
+    sweep = replace(sweep, ways=sweep.ways | {name: [measured] for name, measured in others.items()})
     if config.sweep or config.beside:
         print(sweep_table(sweep))
         plot_sweep(sweep, folder / SWEEP_PLOT)

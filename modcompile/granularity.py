@@ -24,6 +24,11 @@ def halves_of(layer: int, granularity: Granularity) -> list[int]:
     return [2 * layer + half for half, name in enumerate(_HALVES) if name in granularity.split("+")]
 
 
+def layer_of(layer: int, granularity: Granularity) -> int:
+    """The layer of the model that this is half of, or all of."""
+    return layer // 2 if halves_blocks(granularity) else layer
+
+
 def label_of(layer: int, granularity: Granularity) -> str:
     """For a person: `3`, or of halves `1.mlp`."""
     return f"{layer // 2}.{_HALVES[layer % 2]}" if halves_blocks(granularity) else str(layer)

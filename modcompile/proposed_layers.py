@@ -57,14 +57,15 @@ def propose_layers(
     Of a layer's gated halves, the share of the one that has more counts.
 
     Raises:
-        ConfigError: there is none, as of a model with a single candidate.
+        ConfigError: there is none, as of a model with a single candidate; or too little memory to tell.
     """
     positions = getattr(base.config, "max_position_embeddings", None)
     length = _LENGTH if positions is None else min(_LENGTH, positions)
     texts = builtin_documents("validation")
     blocks = tokenize_and_pack(texts, tokenizer, length, max_positions=positions, source="the built-in text")
     blocks = blocks.select(range(min(_SEQUENCES, blocks.num_rows)))
-    trace = trace_dense(base, granularity, blocks, batch_size=2, seed=seed)
+    named = {"option": "--router_layers auto", "instead": "a list"}
+    trace = trace_dense(base, granularity, blocks, batch_size=2, seed=seed, **named)
     gated = [halves_of(layer, granularity) for layer in candidates]
     costs = torch.stack([torch.stack([trace.costs(half, trace.states[half]) for half in halves]) for halves in gated])
     limit = costs.flatten().sort().values[int(SKIPPED * costs.numel())]

@@ -18,6 +18,7 @@ from modcompile.checkpoints import load_base, load_tokenizer
 from modcompile.cli import run
 from modcompile.config import BudgetConfig, RouterConfig
 from modcompile.data_config import DataConfig
+from modcompile.depth_flags import check_training, check_untrained
 from modcompile.errors import ConfigError
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
@@ -55,11 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if training.resume_from_checkpoint is not None:
         raise ConfigError("--resume_from_checkpoint goes on with a training: give it to python -m modcompile.train")
-    if training.max_train_steps is not None and not data.source:
+    if training.world_size > 1:
         raise ConfigError(
-            "--max_train_steps asks for a training, but there is no data; add, say, --dataset_name builtin"
+            "modcompile.rewrite works in one process; give torchrun -m modcompile.train the model and the same flags"
         )
-    start.check_fits(router)
+    if steps.export and isinstance(exporting.hard_threshold, str):
+        raise ConfigError(
+            f"--hard_threshold {exporting.hard_threshold} is calibrated after a training; leave --export out, and run "
+            "modcompile.calibrate and modcompile.export"
+        )
+    if data.source:
+        check_training(router, loss, start, training)
+    else:
+        check_untrained(budget, loss, start, training)
     source = find_checkpoint(name)
     output = training.output_or(Path(f"{source.name}-routed"))
     check_routed_target(output, overwrite=training.overwrite_output_dir)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modcompile.artifacts import has_trained_routers, is_routed_folder, update_report, write_routed_folder
 from modcompile.config import AUTO_LAYERS, RouterConfig
 from modcompile.errors import OutputError, UnsupportedModelError
+from modcompile.granularity import layer_of
 from modcompile.modeling import RoutedForCausalLM
 from modcompile.output_folder import check_writable_target
 from modcompile.progress import show_elapsed
@@ -110,6 +111,7 @@ def rewrite_model(base: PreTrainedModel, config: RouterConfig) -> tuple[RoutedFo
 
 def describe(model: RoutedForCausalLM) -> str:
     """One line: what is routed, and how small the routers are."""
-    layers, gates = len(model.routed_layers), len(model.gated_layers)
-    shared = f" with {gates} gates" if gates < layers else ""
+    gates = len(model.gated_layers)
+    layers = len({layer_of(layer, model.router_config.granularity) for layer in model.routed_layers})
+    shared = f" with {gates} gates" if gates != layers else ""
     return f"{type(model.base).__name__}, {layers} routed layers{shared}; {describe_share(model)}"

@@ -42,11 +42,18 @@ class DenseTrace:
 
 
 def trace_dense(
-    base: PreTrainedModel, granularity: Granularity, blocks: Dataset, *, batch_size: int, seed: int
+    base: PreTrainedModel,
+    granularity: Granularity,
+    blocks: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    option: str = "--router_start_samples",
+    instead: str = "fewer of them, or a shorter --sequence_length",
 ) -> DenseTrace:
     """Run a base model on `blocks`, as `tokenize_and_pack` makes them; in float32, on its device.
 
-    Takes memory for about `(1 + 2) * N * L * H` numbers.
+    Takes memory for about `(1 + 2) * N * L * H` numbers, as `option` asked for; a user may give something `instead`.
 
     Raises:
         ConfigError: there is not as much.
@@ -55,7 +62,7 @@ def trace_dense(
     layers = DenseLayers(base, granularity)
     num_tokens = sum(sum(row) for row in blocks["attention_mask"])
     numbers = (1 + _NUM_LABELS) * num_tokens * layers.count * base.config.hidden_size
-    require_memory(numbers, base.device, "--router_start_samples", "fewer of them, or a shorter --sequence_length")
+    require_memory(numbers, base.device, option, instead)
     # Each as one tensor from the start: joined at the end, they would take twice the memory.
     size, device = base.config.hidden_size, base.device
     states = [torch.empty(num_tokens, size, device=device) for _ in range(layers.count + 1)]

@@ -25,8 +25,9 @@ class StartConfig:
         default=0,
         metadata={
             "help": "Let new routers, and new adapters with them, start from an estimate of what a token loses where "
-            "it skips, on this many sequences of the training data, near target_active_ratio. Takes 12 bytes of memory "
-            "for each token, layer (or half of one) and feature. 0: gates start open."
+            "it skips, on this many sequences of the training data: near target_active_ratio, or, with budget_loss "
+            "price, where it costs as much as that saves. Takes 12 bytes of memory for each token, layer (or half of "
+            "one) and feature. 0: gates start open."
         },
     )
     static_selection_samples: int = field(

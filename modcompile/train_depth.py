@@ -1,5 +1,6 @@
 """Train depth gates from the command line: find the folder, or make it, and train in it."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from modcompile.artifacts import is_routed_folder, read_router_config
 from modcompile.checkpoint_config import load_config
 from modcompile.checkpoint_sources import fetch_checkpoint, find_checkpoint
 from modcompile.checkpoints import load_base, load_tokenizer
-from modcompile.config import BudgetConfig, RouterConfig
+from modcompile.config import AUTO_LAYERS, BudgetConfig, RouterConfig
 from modcompile.data_config import DataConfig
+from modcompile.depth_flags import check_training
 from modcompile.depth_training import DepthTraining, Start, start_rows
 from modcompile.errors import ConfigError
 from modcompile.first_process import in_first_process
@@ -38,14 +40,14 @@ def train_depth(
     """
     given, overwrite = Path(model), training.overwrite_output_dir
     routed = is_routed_folder(given)
-    kind = read_router_config(given) if routed else router
-    start.check_fits(kind)
-    loss.check_fits(kind, is_static=bool(start.static_selection_samples))
     source = find_checkpoint(str(given.resolve()) if routed else model)
     default = given if routed else Path(f"{source.name}-routed")
     folder = output = training.output_or(default)
+    resumes = training.resume_from_checkpoint is not None
+    stored = output if resumes else given
+    check_training(read_router_config(stored) if resumes or routed else router, loss, start, training)
 
-    if training.resume_from_checkpoint is not None:
+    if resumes:
         blocks = _blocks_for(output, router, data)
     elif routed:
         check = check_trainable if output.resolve() == given.resolve() else check_routed_target
@@ -65,7 +67,7 @@ def train_depth(
 
         in_first_process(training, rewrite)
     rows = start_rows(blocks["train"], start)
-    if training.resume_from_checkpoint is not None:
+    if resumes:
         rows = Start(is_static=rows.is_static)  # what a checkpoint holds has been fitted
     train_routers(folder, output, blocks, DepthTraining(budget, loss, rows), training)
     return output
@@ -74,6 +76,8 @@ def train_depth(
 def _blocks_for(folder: Path, wanted: RouterConfig, data: DataConfig) -> DatasetDict:
     """The data, for the model and the routers that a routed folder has."""
     stored = read_router_config(folder)
+    if wanted.router_layers == AUTO_LAYERS:
+        wanted = replace(wanted, router_layers=stored.router_layers)  # what was chosen when it was made
     if wanted not in (RouterConfig(), stored):
         # Not a surprise after the training: flags that would have made other routers.
         raise ConfigError(

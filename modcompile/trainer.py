@@ -31,7 +31,7 @@ class RouterTrainer(Trainer):
     The loss is that of the task's objective; what its budgets limit are means over routed layers and tokens that are
     not padding. Batches of several processes give the gradient of one large batch. So do accumulated ones, as long as
     each is on the same side of a budget's target, and a budget is not squared: a batch can't see the means of those
-    after it, and is charged for its own.
+    after it, and is charged for its own. Of prices that are spread, each batch draws its own.
 
     `choices` are those of the routers of precisions in the last evaluation, if the task has some.
     """

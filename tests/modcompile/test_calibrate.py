@@ -9,10 +9,12 @@ from modcompile import evaluate, generate
 from modcompile.artifacts import load_with_routers, read_report, save_routers, write_routed_folder
 from modcompile.calibrate import main
 from modcompile.calibrated_thresholds import read_thresholds
+from modcompile.config import RouterConfig
 from modcompile.errors import ArtifactError, ConfigError
 from modcompile.export.export_config import ExportConfig
 from modcompile.export.export_folder import export_folder
 from modcompile.export.session import MODEL_FILE
+from tests.tiny_quantized import save_deciding_routers, write_tiny_quantized
 from tests.tiny_routed import tiny_routed
 
 _TEXT = ["--sequence_length", "32", "--max_samples", "8"]
@@ -73,8 +75,33 @@ def test_searches_thresholds_for_each_gate(folder: Path, capsys: pytest.CaptureF
     assert found.scope == "searched"
     assert read_report(folder)["calibration"]["calibrated"][0]["scope"] == "searched"
     assert capsys.readouterr().out.splitlines()[2].split()[0] == "0.500"
-    with pytest.raises(ConfigError, match=r"^--search_samples is 0"):
-        main([str(folder), "--search_samples", "0"])
+    main([str(folder), *flags, *_TEXT, "--bf16"])
+    (halved,) = read_thresholds(folder)
+    assert halved.scope == "searched"
+    assert halved.active_ratio == pytest.approx(found.active_ratio, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--search_samples", "0"], r"^--search_samples is 0"),
+        (["--bf16"], r"^--search_samples and --bf16 are for a search; add --threshold_scope searched$"),
+        (["--search_samples", "2"], r"^--search_samples and --bf16 are for a search"),
+        (
+            ["--threshold_scope", "searched", "--search_samples", "48"],
+            r"^--search_samples 48 are of --max_samples 24; make that as many$",
+        ),
+    ],
+)
+def test_refuses_a_search_that_is_none(folder: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main([str(folder), *flags])
+
+
+def test_refuses_a_folder_with_precisions(tmp_path: Path) -> None:
+    save_deciding_routers(write_tiny_quantized(tmp_path / "quantized", None), RouterConfig())
+    with pytest.raises(ConfigError, match=r"quantized has precisions, whose depth gates can't be calibrated; "):
+        main([str(tmp_path / "quantized")])
 
 
 def test_thresholds_go_with_the_routers_that_they_are_for(folder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def test_auto_is_the_first_budget_or_the_one_named(tmp_path: Path, hard_threshol
     assert threshold_for(tmp_path, hard_threshold) == expected
 
 
+@pytest.mark.parametrize("hard_threshold", ["0.5", "atuo", "auto:x", -1.0])
+def test_nothing_else_is_a_threshold(tmp_path: Path, hard_threshold: Any) -> None:
+    write_thresholds(FOUND, tmp_path)
+    with pytest.raises(ConfigError, match="--hard_threshold is "):
+        threshold_for(tmp_path, hard_threshold)
+
+
 def test_names_the_budgets_that_there_are(tmp_path: Path) -> None:
     write_thresholds(FOUND, tmp_path)
     with pytest.raises(ConfigError, match=r"has thresholds for 0\.9 0\.8, none for 0\.7; give modcompile.calibrate "):

@@ -164,13 +164,24 @@ def test_shows_other_folders_beside_it(own_folder: Path, tmp_path: Path, sweep: 
     assert str(other) in capsys.readouterr().out.splitlines()[-2]
 
 
-def test_refuses_a_folder_of_another_model_beside_it(own_folder: Path, tmp_path: Path) -> None:
+def test_refuses_a_folder_of_another_model_beside_it(
+    own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = tiny_base()
     with torch.no_grad():
         base.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.01)
     write_routed_folder(build_routed(base, RouterConfig()), make_tokenizer(), tmp_path / "other")
     with pytest.raises(ConfigError, match=r"is a folder of another model; name folders of the same base$"):
         main([str(own_folder), "--beside", str(tmp_path / "other"), *FAST])
+    with pytest.raises(ArtifactError, match="nowhere is not a folder"):
+        main([str(own_folder), "--beside", str(tmp_path / "nowhere"), "--sweep", *FAST])
+    # Before anything is measured: what takes minutes would be lost.
+    assert "perplexity" not in capsys.readouterr().out
+
+
+def test_refuses_folders_that_are_called_like_a_way_of_skipping(own_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--beside static is also what a sweep calls .*; give \./static$"):
+        main([str(own_folder), "--beside", "other", "static", *FAST])
 
 
 def test_draws_which_tokens_used_which_layers(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from modcompile.config import RouterConfig
 from modcompile.errors import ConfigError
-from modcompile.granularity import Granularity, label_of
+from modcompile.granularity import Granularity, label_of, layer_of
 from modcompile.precision_graphs import check_composable
 from modcompile.rewriting import rewrite_model
 from tests.tiny_routed import tiny_base
@@ -29,6 +29,11 @@ def test_untrained_the_model_is_the_dense_one(granularity: Granularity) -> None:
 def test_halves_are_labelled_by_their_layer() -> None:
     assert [label_of(layer, "attn+mlp") for layer in (0, 1, 58, 59)] == ["0.attn", "0.mlp", "29.attn", "29.mlp"]
     assert label_of(3, "block") == "3"
+
+
+def test_halves_are_of_a_layer() -> None:
+    assert [layer_of(layer, "mlp") for layer in (0, 1, 58, 59)] == [0, 0, 29, 29]
+    assert layer_of(3, "block") == 3
 
 
 def test_only_whole_blocks_share_a_gate() -> None:

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,13 @@ def test_a_list_stays_a_list_and_needs_no_text(tmp_path: Path) -> None:
     config = RouterConfig(router_layers="1", router_hidden_size=0)
     write_rewritten(tiny_base(), None, config, tmp_path / "routed", overwrite=False)
     assert read_router_config(tmp_path / "routed") == config
+
+
+def test_says_that_it_takes_more_memory_than_there_is() -> None:
+    base = copy.deepcopy(tiny_base())
+    base.config.hidden_size = 10**12  # of which nothing is allocated
+    with pytest.raises(ConfigError, match=r"^--router_layers auto needs [\d,.]+ GB of memory, .*; give a list$"):
+        with_proposed_layers(RouterConfig(router_layers="auto"), base, make_tokenizer())
 
 
 def test_needs_a_tokenizer() -> None:

@@ -25,6 +25,9 @@ from modcompile.rewrite import main
 from tests.folder_contents import contents
 from tests.tiny_models import tiny_model
 
+_TRAINED = ("--dataset_name", "builtin", "--sequence_length", "16")
+_STATIC = ("--static_selection_samples", "4", "--skip_adapter", "low_rank")
+
 
 @pytest.fixture(autouse=True)
 def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,14 @@ def test_rewrites_trains_and_exports_in_one_go(base_folder: Path) -> None:
         (["--train_file", "one.txt", "--sequence_length", "16"], "fewer than two tokens"),
         (["--dataset_name", "builtin"], "--sequence_length 512 is above the 128 positions"),
         (["--resume_from_checkpoint", "true"], "python -m modcompile.train"),
-        (["--max_train_steps", "2"], "add, say, --dataset_name builtin"),
+        (["--max_train_steps", "2"], "--max_train_steps asks for a training, but there is no data; add, say, "),
+        (["--router_start_samples", "4"], "--router_start_samples asks for a training"),
+        (["--router_lambda", "3"], "--router_lambda asks for a training"),
+        (["--distill_weight", "1"], "--distill_weight asks for a training"),
+        (["--export", "--hard_threshold", "auto"], "--hard_threshold auto is calibrated after a training"),
+        ([*_TRAINED, "--gate", "soft", "--gate_gradient", "second_order"], "--gate is soft; make it straight_through"),
+        ([*_TRAINED, *_STATIC, "--gate_gradient", "second_order"], "--gate_gradient is for gates that learn"),
+        ([*_TRAINED, *_STATIC[:2]], "there are none; add --skip_adapter low_rank"),
         (["--router_pattern", "most"], "--router_pattern"),
     ],
 )

@@ -14,6 +14,7 @@ from modcompile.rewriting import (
     rewrite_model,
     write_rewritten,
 )
+from modcompile.routed_graph import build_routed
 from modcompile.share_of_parameters import share_of_parameters
 from tests.tiny_models import tiny_model
 from tests.tiny_routed import tiny_base, tiny_grouped, tiny_routed
@@ -69,6 +70,8 @@ def test_counts_the_trainable_share() -> None:
     assert numbers == {"trainable": trainable, "base": base, "trainable_share": trainable / (trainable + base)}
     grouped = describe(tiny_grouped("straight_through"))
     assert grouped.startswith(f"LlamaForCausalLM, 3 routed layers with 2 gates; trainable: {2 * (32 + 1)} of")
+    halves = build_routed(tiny_base(), RouterConfig(granularity="attn+mlp", router_start=1))
+    assert describe(halves).startswith("LlamaForCausalLM, 2 routed layers with 4 gates; trainable: ")
     assert describe(tiny_routed("straight_through")) == (
         f"LlamaForCausalLM, 2 routed layers; trainable: {trainable:,} of {trainable + base:,} parameters "
         f"({trainable / (trainable + base):.3%})"

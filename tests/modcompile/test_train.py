@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from modcompile import calibrate, evaluate
 from modcompile.artifacts import load_with_routers, read_report, read_router_config
 from modcompile.config import RouterConfig
 from modcompile.errors import ConfigError
+from modcompile.granularity import Granularity, halves_of
 from modcompile.train import main
 from tests.folder_contents import contents
 from tests.training_commands import error_of, fast_flags, train_until_killed
@@ -183,12 +185,60 @@ def test_trains_adapters_alone_where_the_same_layers_are_closed_for_all_tokens(
     assert report["metrics"]["eval_active_ratio"] == pytest.approx(2 / 3)
     trained = sum(parameter.numel() for adapter in model.adapters.values() for parameter in adapter.parameters())
     assert report["parameters"]["trainable"] == trained
-    # Resumed from a checkpoint, too, it is adapters alone.
-    again = ["--model_name_or_path", "out", "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-1"]
-    main([*again, *data, *static])
-    resumed = load_file("out/routers.safetensors")
-    assert all(resumed[name].equal(weights[name]) for name in weights if name.startswith("routers."))
-    assert read_report(Path("out"))["training"]["parameters"]["trainable"] == trained
+    # Resumed from a checkpoint, too, it is adapters alone: of the model with all of its flags, or without the routers'.
+    whole = ["--model_name_or_path", str(base_folder), *flags]
+    for given in (["--model_name_or_path", "out"], whole, whole[:2]):
+        again = [*given, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-1"]
+        main([*again, *data, *static])
+        resumed = load_file("out/routers.safetensors")
+        assert all(resumed[name].equal(weights[name]) for name in weights if name.startswith("routers."))
+        assert read_report(Path("out"))["training"]["parameters"]["trainable"] == trained
+
+
+def test_resumes_with_the_layers_that_were_chosen(base_folder: Path, data: list[str]) -> None:
+    argv = ["--model_name_or_path", str(base_folder), "--output_dir", "out", *data, "--router_layers", "auto"]
+    main([*argv, "--save_strategy", "steps", "--save_steps", "1"])
+    trained, chosen = load_file("out/routers.safetensors"), read_router_config(Path("out"))
+    assert chosen.router_layers not in (None, "auto")
+    main([*argv, "--resume_from_checkpoint", "out/checkpoint-1"])
+    assert read_router_config(Path("out")) == chosen
+    assert all(tensor.equal(trained[name]) for name, tensor in load_file("out/routers.safetensors").items())
+    other = [*argv, "--router_hidden_size", "9", "--resume_from_checkpoint", "true"]
+    with pytest.raises(ConfigError, match="has routers of its own"):
+        main(other)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "adapter"), [("attn", "low_rank"), ("mlp", "scale"), ("attn+mlp", "scale"), ("attn+mlp", "none")]
+)
+def test_trains_halves_of_layers_and_adapters_of_all_kinds(
+    base_folder: Path, data: list[str], granularity: Granularity, adapter: str
+) -> None:
+    """From a fit, at a price, to the second order: what is trained is measured and calibrated like whole blocks."""
+    flags = ["--granularity", granularity, "--skip_adapter", adapter, "--router_hidden_size", "0"]
+    flags += ["--router_start_samples", "4", "--gate_gradient", "second_order", "--distill_weight", "1"]
+    flags += ["--budget_loss", "price", "--router_lambda", "0.3"]
+    main(["--model_name_or_path", str(base_folder), *data, *flags, "--output_dir", "out"])
+    main(["--model_name_or_path", str(base_folder), *data, *flags, "--output_dir", "fit", "--learning_rate", "0"])
+    trained, fitted = (load_file(f"{folder}/routers.safetensors") for folder in ("out", "fit"))
+    halves = [half for layer in range(3) for half in halves_of(layer, granularity)]
+    assert load_with_routers("out").routed_layers == tuple(halves)
+    kinds = {"low_rank": ["down.weight", "up.weight"], "scale": ["scale", "shift"], "none": []}[adapter]
+    names = [f"routers.{half}.{name}" for half in halves for name in ("bias", "score.down.weight")]
+    names += [f"adapters.{half}.{name}" for half in halves for name in kinds]
+    assert set(trained) == set(names)
+    moved = [name for name in names if not trained[name].equal(fitted[name])]
+    assert any(name.startswith("routers.") for name in moved)
+    assert all(any(name.endswith(kind) for name in moved) for kind in kinds)
+    calibrate.main(["out", "--target_active_ratio", "0.6", "--sequence_length", "32", "--max_samples", "16"])
+    text = ["--sequence_length", "32", "--max_samples", "8"]
+    sweep = ["--sweep", "--sweep_active_ratios", "0.6", "--sweep_samples", "2", "--static_candidates", "1"]
+    evaluate.main(["out", "--hard_threshold", "auto", *text, *sweep])
+    measured = read_report(Path("out"))["evaluation"]
+    assert measured["hard"]["active_ratio"] == pytest.approx(0.6, abs=0.06)
+    assert list(measured["hard"]["active_ratio_per_layer"]) == [str(half) for half in halves]
+    ways = ["router", "static", *(["static without adapters"] if kinds else []), "random"]
+    assert list(measured["sweep"]) == ways
 
 
 def test_default_place_is_named_after_the_model(base_folder: Path, data: list[str], tmp_path: Path) -> None:
@@ -278,6 +328,10 @@ def test_resumes_after_a_kill_as_if_there_had_been_none(base_folder: Path, data:
         (["--resume_from_checkpoint", "true"], "is not a folder"),
         (["--no_such_flag"], "--no_such_flag"),
         (["--learning_rate", "fast"], "--learning_rate"),
+        (
+            [*("--budget_loss", "price", "--target_warmup_ratio", "0.5")],
+            "--target_warmup_ratio is of a target, and a price has none",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_written(
