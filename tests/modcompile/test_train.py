@@ -208,9 +208,7 @@ def test_resumes_with_the_layers_that_were_chosen(base_folder: Path, data: list[
         main(other)
 
 
-@pytest.mark.parametrize(
-    ("granularity", "adapter"), [("attn", "low_rank"), ("mlp", "scale"), ("attn+mlp", "scale"), ("attn+mlp", "none")]
-)
+@pytest.mark.parametrize(("granularity", "adapter"), [("attn", "low_rank"), ("mlp", "scale"), ("attn+mlp", "none")])
 def test_trains_halves_of_layers_and_adapters_of_all_kinds(
     base_folder: Path, data: list[str], granularity: Granularity, adapter: str
 ) -> None:
