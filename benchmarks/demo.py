@@ -100,7 +100,7 @@ def _speed() -> dict[str, Speed]:
         assert isinstance(thresholds, list)
         cases[_name(budget)] = Case(folder / MODEL_FILE, thresholds)
     threads = min(4, os.cpu_count() or 1)
-    return compare(cases, prompt, new_tokens=32, threads=threads, rounds=3, repeats=2)
+    return compare(cases, prompt, new_tokens=32, threads=threads, rounds=6, repeats=2)
 
 
 def _name(budget: float) -> str:
@@ -111,15 +111,16 @@ def _table(measured: Mapping[float, dict[str, Any]], speed: Mapping[str, Speed])
     dense = measured[_BUDGETS[0]]["dense"]
     rows = [("dense", dense, _DENSE.parent)]
     rows += [(_name(budget), measured[budget]["hard"], _ROUTED / "onnx") for budget in _BUDGETS]
-    lines = [
-        "|  | perplexity, held-out text | active ratio | decode tokens/s | prefill tokens/s | onnx files, MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["", "perplexity, held-out text", "active ratio", "decode tokens/s", "against dense, middle half"]
+    columns += ["prefill tokens/s", "onnx files, MB"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, scores, folder in rows:
         megabytes = sum(file.stat().st_size for file in folder.glob(f"{MODEL_FILE}*")) / 1e6
+        lower, median, upper = (1 / time for time in reversed(speed[name].decode_against(speed["dense"])))
         lines.append(
             f"| {name} | {scores['perplexity']:.2f} | {scores['active_ratio']:.3f} | "
-            f"{1e3 / speed[name].decode_ms:.1f} | {64e3 / speed[name].prefill_ms:.0f} | {megabytes:.0f} |"
+            f"{1e3 / speed[name].decode_ms:.1f} | {median:.2f} x ({lower:.2f} to {upper:.2f}) | "
+            f"{64e3 / speed[name].prefill_ms:.0f} | {megabytes:.0f} |"
         )
     return "\n".join(lines)
 
