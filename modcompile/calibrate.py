@@ -34,7 +34,7 @@ from modcompile.progress import show_elapsed
 from modcompile.reused_memory import reuse_freed_memory
 from modcompile.threshold_search import search_thresholds
 
-_SEARCHED = 24
+_SEARCHED = 24  # sequences, unless another number is asked for
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class CalibrationConfig:
     search_samples: int = field(
         default=_SEARCHED,
         metadata={
-            "help": "Of these sequences, the first so many are those whose loss is measured for --threshold_scope "
-            "searched; a few are too few. The hidden states between all blocks are held for them: 5 GiB for 24 of 512 "
-            "tokens, 30 layers of 576."
+            "help": "Of the sequences of max_samples, so many, or all, are those whose loss is measured for "
+            "--threshold_scope searched; a few are too few. The hidden states between all blocks are held for them: "
+            "5 GiB for 24 of 512 tokens, 30 layers of 576."
         },
     )
     batch_size: int = field(default=4, metadata={"help": "Sequences in a call of the model."})
